@@ -1,0 +1,116 @@
+"""What a rank must back-propagate so that the step is the one a single process would take.
+
+One optimiser step covers n examples with losses l and gradients g. They lie in cells: one for each rank and
+micro-batch, n_rk examples in cell (r, k), some cells perhaps empty. The framework then *averages* over cells: over the
+W ranks under DistributedDataParallel, over W K under Accelerate, whose `backward` divides by K as well. Call that number
+`averaged_over`. A cell that back-propagates s_rk Σ l contributes s_rk / averaged_over of its summed gradient, so its
+scale s_rk decides everything:
+
+    reduction  normalize  s_rk                the step applies
+    mean       rank       1 / n_rk            (1/WK) Σ_rk (1/n_rk) Σ g    a mean of means
+    mean       global     averaged_over / n   (1/n) Σ g                   the mean
+    sum        rank       1                   (1/WK) Σ g                  neither the sum nor the mean
+    sum        global     averaged_over       Σ g                         the sum
+
+The file needs nothing but torch and is made to be copied. In a loop of your own, with W ranks under DDP (times K if
+your backward divides by K, as Accelerate's does):
+
+    n = global_count(sum(len(y) for x, y in micro_batches), device)      # over ranks and micro-batches
+    for x, y in micro_batches:
+        losses = cross_entropy(net(x), y, reduction="none")
+        cell_loss(losses, n_global=n, averaged_over=W).backward()
+
+Where losses are masked or weighted, count weights instead of examples: `losses` holds weighted losses (0 where masked)
+and `n_global` the sum of the weights. The classical statement is Goyal et al. 2017 (arXiv:1706.02677), remark 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the arithmetic below also serves programs that never load torch
+    import torch
+
+    Count = int | float | torch.Tensor
+
+Reduction = Literal["mean", "sum"]
+Normalize = Literal["global", "rank"]
+
+
+def cell_scale(
+    reduction: Reduction, normalize: Normalize, *, n_local: Count, n_global: Count, averaged_over: int
+) -> Count:
+    """Return s_rk of the table above. A count of 0 scales by a finite number, so an empty cell's loss is 0, never NaN."""
+    if normalize == "global":
+        return averaged_over / _nonzero(n_global) if reduction == "mean" else averaged_over
+    return 1 / _nonzero(n_local) if reduction == "mean" else 1
+
+
+def cell_loss(
+    losses: torch.Tensor,
+    *,
+    n_global: Count,
+    averaged_over: int,
+    reduction: Reduction = "mean",
+    normalize: Normalize = "global",
+    n_local: Count | None = None,
+) -> torch.Tensor:
+    """Return the scalar that a cell back-propagates.
+
+    losses: per-example (or per-token) losses of this cell, any shape, possibly empty; already weighted, 0 where masked.
+    n_global: examples (or summed weights) of the whole step, over all ranks and micro-batches.
+    averaged_over: how many cells the framework averages the gradient over: 1, W, or W K (module docstring).
+    n_local: the same count for this cell alone, used by `normalize="rank"`; by default the number of losses.
+    """
+    scale = cell_scale(
+        reduction,
+        normalize,
+        n_local=losses.numel() if n_local is None else n_local,
+        n_global=n_global,
+        averaged_over=averaged_over,
+    )
+    return losses.sum() * scale
+
+
+def global_count(local: Count, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Sum a count over all ranks: the one tiny all-reduce a step needs when no sampler knows n.
+
+    local: this rank's examples, tokens or summed weights over *all* micro-batches of the step. Every rank must call.
+    Returns a scalar tensor on `device`, float64 (float32 on MPS, which has no wider type), without a host sync.
+    """
+    import torch
+    import torch.distributed as dist
+
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    total = torch.as_tensor(local).detach().to(device, dtype, copy=True)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def sgd_batch_size(reduction: Reduction, normalize: Normalize, *, n_last: int, n_global: int) -> int:
+    """Return what the book's `sgd(params, lr, batch_size)` is to divide by; 0 means: make no update.
+
+    After a mean loss nothing is left to divide by. After a sum, `global` divides by n on every rank: the exact mean;
+    `rank` by the rank's own last micro-batch, n_last: where those differ the replicas drift apart.
+    """
+    if normalize == "global":
+        return n_global if reduction == "sum" else 1
+    return n_last if reduction == "sum" else min(n_last, 1)
+
+
+def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[int]) -> list[float]:
+    """Return the weight of one example of each cell in the step's gradient; 1/n is an exact mean's.
+
+    sizes: examples in each of the step's cells. The weights times the sizes add up to the step's length in units of the
+    mean gradient's where all examples agree: 1 for a mean, n for a sum.
+    """
+    n, cells = sum(sizes), len(sizes)
+    scales = (cell_scale(reduction, normalize, n_local=s, n_global=n, averaged_over=cells) for s in sizes)
+    return [float(scale) / cells for scale in scales]
+
+
+def _nonzero(count: Count) -> Count:
+    """Return the count, or 1 for 0: arithmetic rather than a branch, so a device tensor causes no host sync."""
+    return count + (count == 0)
