@@ -1,0 +1,204 @@
+"""Every option of `train.py`, defined once: the command line, the checks and `config.json` all come from here.
+
+Imports no torch, so that `--help` and `--check` answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from loop.reduction import Normalize, Reduction, example_weights, sgd_batch_size
+from loop.shards import Shards, Tail
+
+DEFAULT_SGD_LR = {"softmax": 0.1, "mlp": 0.1, "lenet": 0.9}  # the book's
+DEFAULT_ADAM_LR = 1e-3
+FASHION_MNIST = "fashion-mnist"
+
+
+class InputError(ValueError):
+    """Something the user can mend: a flag, a file. Ends the program with its text alone, no traceback."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The training loop of Dive into Deep Learning, chapter 3, data-parallel and exact over any number of ranks."""
+
+    reduction: Reduction = "mean"
+    """Back-propagate the mean or the sum of the losses of a step."""
+    normalize: Normalize = "global"
+    """global: the step of one process, whatever the number of ranks. rank: what a plain loop does, to be seen."""
+    tail: Tail = "spread"
+    """How an epoch's last, incomplete batch is dealt to the ranks."""
+    updater: Literal["torch", "scratch"] = "torch"
+    """torch.optim, or the book's sgd(params, lr, batch_size)."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Which torch.optim (with --updater torch)."""
+    lr: float | None = None
+    """Learning rate. Default: sgd 0.1 (softmax, mlp) or 0.9 (lenet); adam and adamw 0.001."""
+    momentum: float = 0.0
+    """Momentum (sgd of --updater torch)."""
+    weight_decay: float = 0.0
+    """Weight decay (--updater torch)."""
+    clip_norm: float | None = None
+    """Clip the step's gradient to this norm, after the all-reduce (--updater torch)."""
+    batch_size: int = 256
+    """Examples in an optimiser step over ALL ranks and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches in an optimiser step, K."""
+    epochs: int = 10
+    """Passes over the training set."""
+    net: Literal["softmax", "mlp", "lenet"] = "softmax"
+    """Softmax regression, a multilayer perceptron, or LeNet: the book's three."""
+    dataset: str = FASHION_MNIST
+    """fashion-mnist, or a folder with the four idx files of an MNIST-like set, plain or .gz."""
+    data_dir: Path = Path("data")
+    """Where Fashion-MNIST is kept."""
+    train_examples: int | None = None
+    """Train on the first N examples only: any tail on demand. Default: all."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of examples."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of weights and arithmetic."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast the forward pass (fp16 needs a GPU)."""
+    cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+    out: Path = Path("runs")
+    """Where runs are kept: a run lives in OUT/RUN_NAME."""
+    run_name: str | None = None
+    """Name of the run; must be new. Default: made from the mode, such as mean-global-spread-w2-b256."""
+    group: str | None = None
+    """The study that this run belongs to."""
+    tags: tuple[str, ...] = ()
+    """Words to find this run by."""
+    notes: str | None = None
+    """A remark to keep with the run."""
+    log_every: int = 50
+    """Steps between step rows in metrics.jsonl."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    """Weights & Biases. Only `disabled` is available yet."""
+    wandb_project: str | None = None
+    """Project in Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team in Weights & Biases."""
+    check: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Validate everything that one process can validate, fetch the data if need be, then exit."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate in force: --lr, or the default of the optimiser and the net."""
+        if self.lr is not None:
+            return self.lr
+        return DEFAULT_SGD_LR[self.net] if self.optimizer == "sgd" else DEFAULT_ADAM_LR
+
+    def effective_lr(self, sizes: Sequence[int], world_size: int) -> float:
+        """Return the learning rate at which plain one-process mean SGD would take a step as long as one over these cells.
+
+        sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank.
+        """
+        weights = example_weights(self.reduction, self.normalize, sizes)
+        length = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+        if self.updater == "torch":
+            return self.learning_rate * length
+        n_last = sizes[-world_size]  # of rank 0
+        divisor = sgd_batch_size(self.reduction, self.normalize, n_last=n_last, n_global=sum(sizes))
+        return self.learning_rate * length / divisor if divisor else 0.0
+
+    def shards(self, examples: int, world_size: int) -> Shards:
+        """Return the epoch's plan for so many training examples; raises InputError where there is none."""
+        try:
+            return Shards(examples, self.batch_size, world_size, self.accumulate, self.tail)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def training_size(self, available: int) -> int:
+        """Return how many examples are trained on, of so many; raises InputError if --train-examples asks for more."""
+        wanted = available if self.train_examples is None else self.train_examples
+        _refuse(wanted > available, f"--train-examples {wanted}: {self.dataset} has only {available}")
+        return wanted
+
+    def default_run_name(self, world_size: int) -> str:
+        """Return the run's mode in words, such as mean-global-spread-w2-b256."""
+        return f"{self.reduction}-{self.normalize}-{self.tail}-w{world_size}-b{self.batch_size}"
+
+    def validate(self) -> None:
+        """Raise InputError for the first flag, or pair of flags, that makes no sense."""
+        for flag in ("batch_size", "accumulate", "epochs", "log_every"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be at least 1")
+        _require(self.train_examples is None or self.train_examples >= 1, "train_examples", self.train_examples,
+                 "must be at least 1")  # fmt: skip
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
+        _require(_positive(self.learning_rate), "lr", self.lr, "must be a finite number above 0")
+        _require(self.clip_norm is None or _positive(self.clip_norm), "clip_norm", self.clip_norm,
+                 "must be a finite number above 0")  # fmt: skip
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be finite, 0 or more")
+        if self.run_name is not None:
+            _require(re.fullmatch(r"[\w][\w.-]*", self.run_name) is not None, "run_name", repr(self.run_name),
+                     "must be a plain name: letters, digits, '_', '-' and '.'")  # fmt: skip
+        self._refuse_contradictions()
+        self.refuse_existing_run()
+
+    def refuse_existing_run(self) -> None:
+        """Raise InputError if --out is no folder, or the run that --run-name names exists already."""
+        _refuse(self.out.exists() and not self.out.is_dir(), f"--out {self.out} is not a folder")
+        taken = self.run_name is not None and (self.out / self.run_name).exists()
+        _refuse(taken, f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name")
+
+    def _refuse_contradictions(self) -> None:
+        if self.updater == "scratch":
+            _refuse(self.optimizer != "sgd", "--updater scratch is the book's sgd: leave out --optimizer")
+            _refuse(self.momentum > 0, "--updater scratch has no momentum: leave it out, or use --updater torch")
+            _refuse(self.weight_decay > 0, "--updater scratch has no weight decay: leave it out, or use --updater torch")
+            _refuse(
+                self.clip_norm is not None,
+                "--clip-norm needs --updater torch: the scratch updater divides the gradient after it would be clipped",
+            )
+            _refuse(
+                self.mixed_precision == "fp16",
+                "--mixed-precision fp16 needs --updater torch: the scratch updater would apply scaled gradients",
+            )
+        _refuse(
+            self.momentum > 0 and self.optimizer != "sgd",
+            f"--momentum is for --optimizer sgd; {self.optimizer} has its own moments",
+        )
+        _refuse(
+            self.dtype == "float64" and self.mixed_precision != "no",
+            f"--dtype float64 with --mixed-precision {self.mixed_precision}: autocast leaves float64 as it is; drop one",
+        )
+        _refuse(
+            self.cpu and self.mixed_precision == "fp16",
+            "--mixed-precision fp16 needs a GPU (on a CPU it would silently train in float32): use bf16, or no --cpu",
+        )
+        _refuse(self.wandb != "disabled", f"--wandb {self.wandb} is not available yet: use --wandb disabled")
+
+
+def parse(args: list[str] | None = None, *, quiet: bool = False) -> Config:
+    """Return the command line as a Config. Ends the program, with exit code 2, where it cannot be parsed.
+
+    quiet: print no usage and no error; for all ranks but one.
+    """
+    return tyro.cli(
+        Config, args=args, prog="train.py", console_outputs=not quiet, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+def _require(holds: bool, flag: str, value: object, rule: str) -> None:
+    if not holds:
+        raise InputError(f"--{flag.replace('_', '-')} {value} {rule}")
+
+
+def _refuse(contradiction: bool, message: str) -> None:
+    if contradiction:
+        raise InputError(message)
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf

@@ -1,0 +1,270 @@
+"""Where the files come from: finds, fetches and verifies Fashion-MNIST.
+
+Fashion-MNIST is looked for in `--data-dir`, an installed system package, torchvision's download, and the Debian or
+Ubuntu package, unpacked without root. Nothing enters `--data-dir` unverified: each file's SHA-256 is checked before an
+atomic rename, and remembered with the file's size and time so that later starts need four `stat` calls.
+
+Imports torch only for torchvision's download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from loop.config import FASHION_MNIST, Config, InputError
+from loop.idx import UNREADABLE, read_idx_split, read_plain_or_gz
+
+SHA256 = {  # of the uncompressed files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+TRAINING_EXAMPLES = 60_000
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+STALL_S = 30  # a source that says nothing for so long has failed
+
+
+class Unavailable(Exception):
+    """Why one source of the data cannot be used."""
+
+
+def raw_folder(data_dir: Path) -> Path:
+    """Return the folder that torchvision's FashionMNIST(data_dir) reads."""
+    return data_dir / "FashionMNIST" / "raw"
+
+
+def provide(config: Config, *, fetching: bool) -> int:
+    """See to it that the files of --dataset are there and sound; return how many training examples they hold.
+
+    fetching: whether this is the one process of its machine that fetches; the others wait for it.
+    """
+    if config.dataset != FASHION_MNIST:
+        folder = Path(config.dataset)
+        return [read_idx_split(folder, prefix)[0] for prefix in ("train", "t10k")][0]
+    if fetching:
+        fetch_fashion_mnist(config.data_dir)
+    else:
+        wait_for_fashion_mnist(config.data_dir)
+    return TRAINING_EXAMPLES
+
+
+def fetch_fashion_mnist(data_dir: Path) -> None:
+    """See to it that `data_dir` holds the four verified files, fetching what is missing or corrupted.
+
+    Safe to call from several jobs at once: one works, the others wait. Raises InputError when every source fails.
+    """
+    raw = raw_folder(data_dir)
+    if _remembered(raw):
+        return
+    if not any(_problems(raw).values()) and not os.access(raw, os.W_OK):
+        return  # a good read-only copy: nothing to do, and nowhere to remember it
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with _lock(data_dir):
+            if not _remembered(raw):
+                _fetch(raw)
+    except OSError as error:
+        raise InputError(f"--data-dir {data_dir}: cannot keep Fashion-MNIST there: {error}") from None
+
+
+def wait_for_fashion_mnist(data_dir: Path, idle_s: float = 60) -> None:
+    """Wait while another process of this machine fetches; raises InputError if, for `idle_s` seconds, none does."""
+    raw, idle_since = raw_folder(data_dir), time.monotonic()
+    while not _remembered(raw) and any(_problems(raw).values()):
+        try:
+            FileLock(_lock_path(data_dir)).acquire(timeout=0).lock.release()
+        except Timeout:
+            idle_since = time.monotonic()
+        except OSError:
+            pass
+        if time.monotonic() - idle_since > idle_s:
+            raise InputError(f"--data-dir {data_dir}: no process has fetched Fashion-MNIST within {idle_s:.0f} s")
+        time.sleep(0.2)
+
+
+def _fetch(raw: Path) -> None:
+    """Try the sources in turn; the caller holds the lock."""
+    for name, problem in _problems(raw).items():
+        if problem and (raw / name).exists():
+            _say(f"{raw / name} {problem}: fetching it again")
+    sources: list[tuple[str, Callable[[Path], Path]]] = [
+        (f"--data-dir, {raw}", lambda _: raw),
+        (f"the system's package, {SYSTEM_FOLDER}", _system_package),
+        ("torchvision's download", _torchvision_download),
+        (f"the Debian/Ubuntu package {DEBIAN_PACKAGE}", _debian_package),
+    ]
+    failures = []
+    for description, source in sources:
+        for abandoned in raw.parent.glob(".fetch-*"):  # of a fetch that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".fetch-", ignore_cleanup_errors=True) as scratch:
+            try:
+                _install(source(Path(scratch)), raw)
+            except Unavailable as reason:
+                failures.append(f"  {description}: {reason}")
+                continue
+        if failures:
+            _say(f"Fashion-MNIST taken from {description}, verified, kept in {raw}")
+        return
+    raise InputError(
+        "Fashion-MNIST is not to be had. Tried, in order:\n"
+        + "\n".join(failures)
+        + f"\nPut the four files {', '.join(SHA256)} (plain or .gz) into {raw}, or name another set with --dataset FOLDER."
+    )
+
+
+def _install(folder: Path, raw: Path) -> None:
+    """Move what `raw` lacks from `folder`, plain or .gz, verifying each file before it takes its name."""
+    for name in (name for name, problem in _problems(raw).items() if problem):
+        reasons = []
+        for path in (folder / name, folder / f"{name}.gz"):
+            try:
+                content = read_plain_or_gz(path)
+            except FileNotFoundError:
+                continue
+            except UNREADABLE as error:
+                reasons.append(f"{path.name} cannot be read ({error})")
+                continue
+            if problem := _mismatch(name, hashlib.sha256(content).hexdigest()):
+                reasons.append(f"{path.name} {problem}")
+                continue
+            _write_atomically(raw / name, content)
+            break
+        else:
+            raise Unavailable("; ".join(reasons) or f"no {name}")
+    _remember(raw)
+
+
+def _system_package(_: Path) -> Path:
+    if not SYSTEM_FOLDER.is_dir():
+        raise Unavailable("not installed")
+    return SYSTEM_FOLDER
+
+
+def _torchvision_download(scratch: Path) -> Path:
+    _say("downloading Fashion-MNIST (30 MB) with torchvision")
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_S)  # torchvision sets none, and would wait for ever
+    try:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(str(scratch), download=True)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(" ".join(str(error).split())) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+    return raw_folder(scratch)
+
+
+def _debian_package(scratch: Path) -> Path:
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise Unavailable(f"no {tool} on this machine")
+    _say(f"downloading the package {DEBIAN_PACKAGE} (31 MB) with apt-get")
+    apt_get = ["apt-get", "-o", f"Acquire::http::Timeout={STALL_S}"]
+    try:
+        _run([*apt_get, "download", DEBIAN_PACKAGE], scratch)
+    except Unavailable:  # perhaps for want of package lists: fetch them to where no root is needed
+        (scratch / "lists" / "partial").mkdir(parents=True)
+        apt_get += ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch}"]
+        _run([*apt_get, "update"], scratch)
+        _run([*apt_get, "download", DEBIAN_PACKAGE], scratch)
+    (package,) = scratch.glob("*.deb")
+    _run(["dpkg-deb", "-x", package.name, "unpacked"], scratch)
+    return scratch / "unpacked" / SYSTEM_FOLDER.relative_to("/")
+
+
+def _run(command: list[str], folder: Path) -> None:
+    """Run a command, its progress shown on stderr; raise Unavailable with its last error line if it fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=600
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"`{' '.join(command)}` took over 600 s") from None
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("W:")]
+        raise Unavailable(errors[-1] if errors else f"`{' '.join(command)}` ended with {done.returncode}")
+
+
+def _problems(raw: Path) -> dict[str, str | None]:
+    """Return, for each of the four files, what is wrong with it, or None."""
+
+    def problem(name: str) -> str | None:
+        try:
+            with (raw / name).open("rb") as file:
+                return _mismatch(name, hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+
+    return {name: problem(name) for name in SHA256}
+
+
+def _mismatch(name: str, digest: str) -> str | None:
+    return None if digest == SHA256[name] else f"is corrupted (SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...)"
+
+
+def _stamp(raw: Path) -> dict[str, list[int]]:
+    stats = {name: (raw / name).stat() for name in SHA256}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _remember(raw: Path) -> None:
+    _write_atomically(raw / "verified.json", json.dumps(_stamp(raw)).encode())
+
+
+def _remembered(raw: Path) -> bool:
+    """Whether the four files are those that were verified: same sizes, same times."""
+    try:
+        return bool(json.loads((raw / "verified.json").read_bytes()) == _stamp(raw))
+    except (OSError, ValueError):
+        return False
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _lock_path(data_dir: Path) -> Path:
+    return data_dir / "FashionMNIST" / ".lock"
+
+
+@contextmanager
+def _lock(data_dir: Path) -> Iterator[None]:
+    lock = FileLock(_lock_path(data_dir))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        _say(f"waiting for another process that is fetching Fashion-MNIST into {data_dir}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
