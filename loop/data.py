@@ -1,0 +1,97 @@
+"""Batches in memory: the set stays on the device as uint8 and becomes floats a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import FashionMNIST
+
+from loop.config import FASHION_MNIST, Config
+from loop.idx import IMAGE_SIZE, read_idx_split
+from loop.shards import Cell, Shards
+
+
+class Split(NamedTuple):
+    """One half of a set. images: uint8, (N, 28, 28), 0 to 255. labels: int64, (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Split:
+        """Return the same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+def load(config: Config) -> tuple[Split, Split]:
+    """Return the training and the test half, the first cut to `--train-examples`; the files are there already.
+
+    Raises InputError for a folder that holds no sound MNIST-like set, or too few examples.
+    """
+    if config.dataset == FASHION_MNIST:
+        halves = (FashionMNIST(str(config.data_dir), train=train) for train in (True, False))
+        train, test = (Split(half.data, half.targets) for half in halves)
+    else:
+        train, test = (_idx_split(Path(config.dataset), prefix) for prefix in ("train", "t10k"))
+    n = config.training_size(len(train.labels))
+    return Split(train.images[:n], train.labels[:n]), test
+
+
+def _idx_split(folder: Path, prefix: str) -> Split:
+    count, images, labels = read_idx_split(folder, prefix)
+    return Split(
+        torch.frombuffer(bytearray(images), dtype=torch.uint8).view(count, IMAGE_SIZE, IMAGE_SIZE),
+        torch.frombuffer(bytearray(labels), dtype=torch.uint8).long(),
+    )
+
+
+def as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return images (B, 28, 28) of 0 to 255 as floats (B, 1, 28, 28) of 0 to 1, as torchvision's ToTensor makes them."""
+    return images.to(dtype).div_(255).unsqueeze(1)
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
+    """Return the epoch's permutation of 0 .. N-1: a function of (seed, epoch) alone, the same on every rank."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
+
+
+class TrainBatches:
+    """One rank's cells of every step, as (X, y, cell); each pass is the next epoch, in that epoch's own order.
+
+    X: floats (n_local, 1, 28, 28). y: int64 (n_local,). cell: which share of which step they are (loop/shards.py).
+    epoch: the number of the next pass, from 0.
+    """
+
+    def __init__(self, split: Split, shards: Shards, *, rank: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32):
+        self.split, self.shards, self.rank, self.seed, self.dtype = split, shards, rank, seed, dtype
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Cell]]:
+        order = epoch_order(self.shards.examples, self.seed, self.epoch)
+        end = max(step.start + step.n_global for step in self.shards.steps)
+        if end > len(order):  # `pad` wraps round
+            order = order[torch.arange(end) % len(order)]
+        order = order.to(self.split.images.device)
+        for cell, positions in self.shards.of_rank(self.rank):
+            chosen = order[positions.start : positions.stop]
+            X = as_floats(self.split.images.index_select(0, chosen), self.dtype)
+            yield X, self.split.labels.index_select(0, chosen), cell
+        self.epoch += 1
+
+
+class TestBatches:
+    """One rank's share of a test set, as (X, y) of at most `batch_size`: over all ranks, every example exactly once."""
+
+    def __init__(self, split: Split, *, rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float32, batch_size: int = 1000):  # fmt: skip
+        n = len(split.labels)
+        mine = slice(n * rank // world_size, n * (rank + 1) // world_size)
+        self.images, self.labels = split.images[mine], split.labels[mine]
+        self.dtype, self.batch_size = dtype, batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield as_floats(images, self.dtype), labels

@@ -1,0 +1,93 @@
+"""The data-parallel updater: one optimiser step out of the cells of all ranks, by the equations of loop/reduction.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from loop.book import sgd
+from loop.config import Config
+from loop.reduction import cell_loss, sgd_batch_size
+from loop.shards import Cell
+
+
+class CellUpdater:
+    """Turns each cell's losses into its share of the step, and takes the step after the last (an `Updater`).
+
+    net: as `accelerator.prepare` returned it. optimizer: None for the scratch updater.
+    on_gradient: called with the cell once a step's gradient is whole (all-reduced, unscaled), before it is clipped.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        config: Config,
+        on_gradient: Callable[[Cell], None] | None = None,
+    ) -> None:
+        self.accelerator, self.net, self.optimizer, self.config = accelerator, net, optimizer, config
+        self.on_gradient = on_gradient
+        self.params = list(net.parameters())
+        self.skipped_steps = 0  # by the fp16 scaler, on overflow
+
+    def begin(self, cell: Cell) -> None:
+        """Zero the gradient where a step begins; let DDP all-reduce in the step's last backward only."""
+        self.cell = cell
+        if isinstance(self.net, DistributedDataParallel):
+            self.net.require_backward_grad_sync = cell.last  # what `no_sync()` sets for the length of a `with`
+        if cell.first and self.optimizer:
+            self.optimizer.zero_grad()
+
+    def backward(self, l: Tensor) -> None:
+        """Back-propagate the cell's loss; `Accelerator.backward` divides by K, DDP's all-reduce by W."""
+        step = self.cell.step
+        scaled = cell_loss(
+            l,
+            n_global=step.n_global,
+            averaged_over=len(step.sizes),
+            reduction=self.config.reduction,
+            normalize=self.config.normalize,
+        )
+        self.accelerator.backward(scaled)
+
+    def step(self, batch_size: int) -> None:
+        """Take the optimiser's step after the step's last cell. batch_size: examples in this rank's last cell."""
+        if not self.cell.last:
+            return
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # fp16: the gradient is scaled until here
+            self.accelerator.unscale_gradients(self.optimizer)
+        if self.on_gradient:
+            self.on_gradient(self.cell)
+        if self.optimizer is None:
+            config, n_global = self.config, self.cell.step.n_global
+            divisor = sgd_batch_size(config.reduction, config.normalize, n_last=batch_size, n_global=n_global)
+            sgd(self.params, config.learning_rate, divisor)
+            return
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
+        self.optimizer.step()
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.skipped_steps += self.optimizer.step_was_skipped
+
+
+def make_updater(
+    accelerator: Accelerator, net: nn.Module, config: Config, on_gradient: Callable[[Cell], None] | None = None
+) -> CellUpdater:
+    """Return the updater that the flags ask for, over the parameters of `net` (as `accelerator.prepare` returned it)."""
+    if config.updater == "scratch":
+        return CellUpdater(accelerator, net, None, config, on_gradient)
+    kind, momentum = {
+        "sgd": (torch.optim.SGD, {"momentum": config.momentum}),
+        "adam": (torch.optim.Adam, {}),
+        "adamw": (torch.optim.AdamW, {}),
+    }[config.optimizer]
+    optimizer = kind(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **momentum)
+    if accelerator.scaler:  # elsewhere Accelerate's wrapper does nothing for us, at a third of a softmax step's time
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    return CellUpdater(accelerator, net, optimizer, config, on_gradient)
