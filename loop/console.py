@@ -1,0 +1,66 @@
+"""What a run says: at its start what it will do, at its end what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from loop.book import unmet_thresholds
+from loop.config import Config
+from loop.reduction import example_weights
+from loop.shards import Shards
+
+
+def opening(config: Config, shards: Shards, device: object, folder: Path) -> str:
+    """Return what the run will do: data, device, ranks, cells, steps, tail, mode."""
+    full, last = shards.steps[0], shards.steps[-1]
+    lines = [
+        f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} epochs of {len(shards.steps)} steps",
+        f"{shards.world_size} rank(s) on {device}, {config.dtype}, mixed precision {config.mixed_precision}",
+        f"a step: {full.n_global} examples in {shards.cells} cell(s) of {sizes_in_words(full.sizes)}"
+        + (f", {config.accumulate} micro-batches a rank" if config.accumulate > 1 else ""),
+        f"an epoch's last step (--tail {config.tail}): {last.n_global} examples in cells of {sizes_in_words(last.sizes)}",
+        f"--reduction {config.reduction} --normalize {config.normalize}, "
+        + (f"{config.optimizer}" if config.updater == "torch" else "the book's scratch sgd")
+        + f", lr {config.learning_rate:g}",
+        f"kept in {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def results(summary: Mapping[str, float], skipped_steps: int) -> str:
+    """Return a short table of what the last epoch came to, and whether it meets the book's thresholds."""
+    lines = [f"{'epoch ' + str(summary['epoch']):<8}{'loss':>10}{'accuracy':>10}"]
+    lines += [f"{half:<8}{summary[half + '/loss']:>10.4f}{summary[half + '/acc']:>10.4f}" for half in ("train", "test")]
+    unmet = unmet_thresholds(summary["train/loss"], summary["train/acc"], summary["test/acc"])
+    lines += [f"the book's thresholds: {'not met: ' + ', '.join(unmet) if unmet else 'met'}"]
+    lines += [f"{summary['time/examples_per_s']:,.0f} examples/s in the last epoch"]
+    if skipped_steps:
+        lines += [f"{skipped_steps} of {summary['step']} steps skipped: their fp16 gradients overflowed"]
+    return "\n".join(lines)
+
+
+def last_batch(config: Config, shards: Shards) -> str:
+    """Return one plain sentence on what the all-reduce did to the epoch's last batch."""
+    sizes = shards.steps[-1].sizes
+    n, census = sum(sizes), shards.census
+    if shards.cells == 1:
+        averaged = "one process and one micro-batch leave nothing to average"
+    else:
+        averaged = f"{shards.cells} cells of {sizes_in_words(sizes)} were averaged"
+    weight = dict(zip(sizes, example_weights(config.reduction, config.normalize, sizes), strict=True))
+    smallest, largest = min(size for size in sizes if size), max(sizes)
+    repeated = f" ({census.duplicated} of them for the second time)" if census.duplicated else ""
+    dropped = f"; {census.missing} examples of the epoch were never seen" if census.missing else ""
+    return (
+        f"An epoch's last step took {n} examples{repeated}: {averaged}, so that an example of the smallest cell ({smallest}) "
+        f"weighed {weight[smallest] * n:.4g}/n, one of the largest ({largest}) {weight[largest] * n:.4g}/n; "
+        f"effective learning rate {config.effective_lr(sizes, shards.world_size):.4g} (--lr {config.learning_rate:g}){dropped}."
+    )
+
+
+def sizes_in_words(sizes: Sequence[int]) -> str:
+    """Return sizes in order, equal neighbours together: (33, 33, 32, 0) is "2 x 33, 32, 0"."""
+    runs = [(size, len(list(group))) for size, group in groupby(sizes)]
+    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)

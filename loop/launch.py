@@ -1,0 +1,70 @@
+"""The ranks: what the launcher says there are, and the Accelerator that joins them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from loop.config import Config, InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Set by torchrun and `accelerate launch`; by Open MPI, MPICH and Intel MPI, MVAPICH; by srun for the tasks of a step.
+WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
+HOW_TO_LAUNCH = "use scripts/train.sh, `torchrun --nproc_per_node N train.py`, or `accelerate launch --multi_gpu --num_processes N train.py` (on CPUs too)"  # fmt: skip # noqa: E501
+
+
+def launched_world_size() -> int:
+    """Return how many ranks the launcher says it started; 1 without a launcher."""
+    return _from_environment(WORLD_SIZE, 1)
+
+
+def launched_rank() -> int:
+    """Return this process's rank over all machines, known before any process group exists."""
+    return _from_environment(RANK, 0)
+
+
+def launched_local_rank() -> int:
+    """Return this process's rank on its machine."""
+    return _from_environment(LOCAL_RANK, 0)
+
+
+def make_accelerator(config: Config, trackers: list[object]) -> Accelerator:
+    """Join the ranks and return their Accelerator.
+
+    Raises InputError where the launcher's processes would each train alone, where ranks outnumber the GPUs, and for
+    fp16 without a GPU.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    gpus = 0 if config.cpu else torch.cuda.device_count()
+    if config.mixed_precision == "fp16" and not gpus:
+        raise InputError("--mixed-precision fp16 needs a GPU, and there is none (a CPU would train in float32): use bf16")
+    if 0 < gpus <= launched_local_rank():
+        raise InputError(f"more ranks than the {gpus} GPU(s) of this machine: start {gpus}, or train on the CPU with --cpu")
+    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise InputError(
+            "`accelerate launch` was asked for several processes and started one, "
+            f"as it does with --cpu and in MULTI_CPU configurations: {HOW_TO_LAUNCH}"
+        )
+    accelerator = Accelerator(
+        cpu=not gpus,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with=trackers,
+    )
+    if accelerator.num_processes != launched_world_size():
+        raise InputError(
+            f"the launcher started {launched_world_size()} processes, but they do not see each other: each would train "
+            f"alone, as one of {accelerator.num_processes}: {HOW_TO_LAUNCH}"
+        )
+    return accelerator
+
+
+def _from_environment(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)

@@ -1,0 +1,92 @@
+"""Train softmax regression, a perceptron or LeNet on Fashion-MNIST, on any number of ranks, with one process's weights.
+
+    python train.py                                                   one process: a CPU, or a GPU
+    scripts/train.sh --reduction mean                                 all GPUs, or 2 CPU ranks; installs what is missing
+    accelerate launch train.py --reduction mean                       as your `accelerate config` says
+    accelerate launch --multi_gpu --num_processes 4 train.py          4 ranks, on GPUs or on CPUs
+    torchrun --nproc_per_node 4 train.py --net lenet                  the same
+    torchrun --nnodes 2 --node_rank R --nproc_per_node 8 \\
+        --master_addr HOST --master_port 29500 train.py               two machines, R = 0 on HOST and 1 on the other
+    python train.py --help                                            every flag
+
+To see what goes wrong without `--normalize global`:
+
+    torchrun --nproc_per_node 3 train.py --normalize rank --tail ragged --train-examples 1000
+"""
+
+from __future__ import annotations
+
+import sys
+
+from loop.config import Config, InputError, parse
+from loop.fetch import provide
+from loop.launch import launched_local_rank, launched_world_size, make_accelerator
+
+
+def main() -> None:
+    """Read the command line, check it, train."""
+    speaks = launched_local_rank() == 0
+    config = parse(quiet=not speaks)
+    try:
+        config.validate()
+        examples = config.training_size(provide(config, fetching=speaks))
+        shards = config.shards(examples, launched_world_size())
+        if not config.check:
+            train(config)
+        elif speaks:
+            print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
+    except InputError as error:
+        if speaks:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(config: Config) -> None:
+    """Join the ranks and train, as the flags say; leave the run's folder behind."""
+    import torch  # not before the flags are known to be good: it takes seconds
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from loop import console
+    from loop.animator import Animator
+    from loop.book import CURVES, train_ch3
+    from loop.data import TestBatches, TrainBatches, load
+    from loop.nets import make_net
+    from loop.tracking import JsonlTracker, RunLog, describe, write_json
+    from loop.updater import make_updater
+
+    train_split, test_split = load(config)
+    tracker = JsonlTracker(config)
+    accelerator = make_accelerator(config, trackers=[tracker])
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    shards = config.shards(len(train_split.labels), world_size)
+    accelerator.init_trackers("", describe(config, shards, accelerator))
+    animator = None
+    if accelerator.is_main_process:
+        print(console.opening(config, shards, device, tracker.folder), flush=True)
+        animator = Animator("epoch", xlim=(1, config.epochs), legend=CURVES, path=tracker.folder / "curves.png")
+
+    torch.manual_seed(config.seed)
+    dtype = getattr(torch, config.dtype)
+    net = accelerator.prepare(make_net(config.net).to(dtype))
+    train_iter = TrainBatches(train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype)
+    test_iter = TestBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    log = RunLog(accelerator, config, shards, net, animator)
+    updater = make_updater(accelerator, net, config, log.on_gradient)
+
+    train_ch3(
+        net, train_iter, test_iter, loss, config.epochs, updater, after_cell=log.after_cell, after_epoch=log.after_epoch
+    )
+
+    log.close()
+    if animator:
+        animator.save()
+        save_file(accelerator.unwrap_model(net).state_dict(), tracker.folder / "model.safetensors")
+        write_json(tracker.folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
+        print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
