@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs what is missing, fetches the data, then runs the tests: bash scripts/test.sh [flags of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+setup requirements.txt tests/requirements.txt
+
+"$PYTHON" train.py --check
+exec "$PYTHON" -m pytest "$@"
