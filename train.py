@@ -1,11 +1,11 @@
-"""Train softmax regression, a perceptron or LeNet on Fashion-MNIST, on any number of ranks, with one process's weights.
+r"""Train a net on Fashion-MNIST on any number of ranks, with the weights of one process.
 
     python train.py                                                   one process: a CPU, or a GPU
     scripts/train.sh --reduction mean                                 all GPUs, or 2 CPU ranks; installs what is missing
     accelerate launch train.py --reduction mean                       as your `accelerate config` says
     accelerate launch --multi_gpu --num_processes 4 train.py          4 ranks, on GPUs or on CPUs
     torchrun --nproc_per_node 4 train.py --net lenet                  the same
-    torchrun --nnodes 2 --node_rank R --nproc_per_node 8 \\
+    torchrun --nnodes 2 --node_rank R --nproc_per_node 8 \
         --master_addr HOST --master_port 29500 train.py               two machines, R = 0 on HOST and 1 on the other
     python train.py --help                                            every flag
 
@@ -50,7 +50,7 @@ def train(config: Config) -> None:
     from loop import console
     from loop.animator import Animator
     from loop.book import CURVES, train_ch3
-    from loop.data import TestBatches, TrainBatches, load
+    from loop.data import EvalBatches, TrainBatches, load
     from loop.nets import make_net
     from loop.tracking import JsonlTracker, RunLog, describe, write_json
     from loop.updater import make_updater
@@ -64,13 +64,13 @@ def train(config: Config) -> None:
     animator = None
     if accelerator.is_main_process:
         print(console.opening(config, shards, device, tracker.folder), flush=True)
-        animator = Animator("epoch", xlim=(1, config.epochs), legend=CURVES, path=tracker.folder / "curves.png")
+        animator = Animator("epoch", xlim=(1, max(config.epochs, 2)), legend=CURVES, path=tracker.folder / "curves.png")
 
     torch.manual_seed(config.seed)
     dtype = getattr(torch, config.dtype)
     net = accelerator.prepare(make_net(config.net).to(dtype))
     train_iter = TrainBatches(train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype)
-    test_iter = TestBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
+    test_iter = EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
     loss = nn.CrossEntropyLoss(reduction="none")
     log = RunLog(accelerator, config, shards, net, animator)
     updater = make_updater(accelerator, net, config, log.on_gradient)

@@ -6,8 +6,8 @@ On plain objects it is the book's loop (d2l up to 0.17.6, sections 3.6 and 3.7):
     train_ch3(net, train_iter, test_iter, nn.CrossEntropyLoss(reduction="none"), 10,
               lambda batch_size: sgd(net.parameters(), 0.1, batch_size))
 
-Data-parallel it is the same loop over this rank's cells: `train_iter` yields (X, y, cell) in place of (X, y), the updater
-is a `CellUpdater` (loop/updater.py), which knows what to make of the cell, and `loss` is per example.
+Data-parallel it is the same loop over this rank's cells: `train_iter` yields (X, y, cell) in place of (X, y), the
+updater is a `CellUpdater` (loop/updater.py), which knows what to make of the cell, and `loss` is per example.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Updater(Protocol):
 
 
 class BookUpdater:
-    """The book's two kinds of updater: an optimiser takes the mean's gradient, a function the sum's and the batch size."""
+    """The book's two kinds of updater: an optimiser takes the mean's gradient, a function the sum's and the count."""
 
     def __init__(self, updater: torch.optim.Optimizer | Callable[[int], Any]) -> None:
         self.updater = updater
@@ -188,7 +188,7 @@ def train_ch3(
     after_epoch: takes what each epoch came to. Without it this is the book's call: an Animator draws the curves, and
     the result must meet the book's thresholds, or AssertionError is raised with the figure that does not.
     """
-    animator = Animator(xlabel="epoch", xlim=(1, num_epochs), legend=CURVES) if after_epoch is None else None
+    animator = Animator(xlabel="epoch", xlim=(1, max(num_epochs, 2)), legend=CURVES) if after_epoch is None else None
     for number in range(1, num_epochs + 1):
         started = time.perf_counter()
         train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, after_cell)
@@ -218,7 +218,7 @@ def unmet_thresholds(train_loss: float, train_acc: float, test_acc: float) -> li
 
 
 def _loss_sum(l: Tensor, y: Tensor) -> Tensor:
-    """Return the sum of a batch's losses: of one a loss per example, or regained from their mean (`float(l) * len(y)`)."""
+    """Return the sum of a batch's losses, of one loss an example or regained from their mean (`float(l) * len(y)`)."""
     return l.detach().sum(dtype=_widest(l.device)) if l.dim() else l.detach() * len(y)
 
 

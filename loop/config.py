@@ -99,7 +99,7 @@ class Config:
         return DEFAULT_SGD_LR[self.net] if self.optimizer == "sgd" else DEFAULT_ADAM_LR
 
     def effective_lr(self, sizes: Sequence[int], world_size: int) -> float:
-        """Return the learning rate at which plain one-process mean SGD would take a step as long as one over these cells.
+        """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
 
         sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank.
         """
@@ -155,8 +155,8 @@ class Config:
     def _refuse_contradictions(self) -> None:
         if self.updater == "scratch":
             _refuse(self.optimizer != "sgd", "--updater scratch is the book's sgd: leave out --optimizer")
-            _refuse(self.momentum > 0, "--updater scratch has no momentum: leave it out, or use --updater torch")
-            _refuse(self.weight_decay > 0, "--updater scratch has no weight decay: leave it out, or use --updater torch")
+            _refuse(self.momentum > 0, "--updater scratch has no momentum: use --updater torch")
+            _refuse(self.weight_decay > 0, "--updater scratch has no weight decay: use --updater torch")
             _refuse(
                 self.clip_norm is not None,
                 "--clip-norm needs --updater torch: the scratch updater divides the gradient after it would be clipped",
@@ -171,7 +171,7 @@ class Config:
         )
         _refuse(
             self.dtype == "float64" and self.mixed_precision != "no",
-            f"--dtype float64 with --mixed-precision {self.mixed_precision}: autocast leaves float64 as it is; drop one",
+            f"--dtype float64 with --mixed-precision {self.mixed_precision}: autocast leaves float64 as it is",
         )
         _refuse(
             self.cpu and self.mixed_precision == "fp16",

@@ -16,11 +16,11 @@ def opening(config: Config, shards: Shards, device: object, folder: Path) -> str
     """Return what the run will do: data, device, ranks, cells, steps, tail, mode."""
     full, last = shards.steps[0], shards.steps[-1]
     lines = [
-        f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} epochs of {len(shards.steps)} steps",
+        f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} x {len(shards.steps)} steps",
         f"{shards.world_size} rank(s) on {device}, {config.dtype}, mixed precision {config.mixed_precision}",
         f"a step: {full.n_global} examples in {shards.cells} cell(s) of {sizes_in_words(full.sizes)}"
         + (f", {config.accumulate} micro-batches a rank" if config.accumulate > 1 else ""),
-        f"an epoch's last step (--tail {config.tail}): {last.n_global} examples in cells of {sizes_in_words(last.sizes)}",
+        f"an epoch's last step (--tail {config.tail}): {last.n_global} in cells of {sizes_in_words(last.sizes)}",
         f"--reduction {config.reduction} --normalize {config.normalize}, "
         + (f"{config.optimizer}" if config.updater == "torch" else "the book's scratch sgd")
         + f", lr {config.learning_rate:g}",
@@ -53,10 +53,11 @@ def last_batch(config: Config, shards: Shards) -> str:
     smallest, largest = min(size for size in sizes if size), max(sizes)
     repeated = f" ({census.duplicated} of them for the second time)" if census.duplicated else ""
     dropped = f"; {census.missing} examples of the epoch were never seen" if census.missing else ""
+    lr_effective = config.effective_lr(sizes, shards.world_size)
     return (
-        f"An epoch's last step took {n} examples{repeated}: {averaged}, so that an example of the smallest cell ({smallest}) "
-        f"weighed {weight[smallest] * n:.4g}/n, one of the largest ({largest}) {weight[largest] * n:.4g}/n; "
-        f"effective learning rate {config.effective_lr(sizes, shards.world_size):.4g} (--lr {config.learning_rate:g}){dropped}."
+        f"An epoch's last step took {n} examples{repeated}: {averaged}, so that an example of the smallest cell "
+        f"({smallest}) weighed {weight[smallest] * n:.4g}/n, of the largest ({largest}) {weight[largest] * n:.4g}/n; "
+        f"effective learning rate {lr_effective:.4g} (--lr {config.learning_rate:g}){dropped}."
     )
 
 

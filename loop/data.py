@@ -50,7 +50,7 @@ def _idx_split(folder: Path, prefix: str) -> Split:
 
 
 def as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return images (B, 28, 28) of 0 to 255 as floats (B, 1, 28, 28) of 0 to 1, as torchvision's ToTensor makes them."""
+    """Return images (B, 28, 28) of 0 to 255 as floats (B, 1, 28, 28) of 0 to 1, as ToTensor does."""
     return images.to(dtype).div_(255).unsqueeze(1)
 
 
@@ -66,7 +66,9 @@ class TrainBatches:
     epoch: the number of the next pass, from 0.
     """
 
-    def __init__(self, split: Split, shards: Shards, *, rank: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, split: Split, shards: Shards, *, rank: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32
+    ):
         self.split, self.shards, self.rank, self.seed, self.dtype = split, shards, rank, seed, dtype
         self.epoch = 0
 
@@ -83,10 +85,18 @@ class TrainBatches:
         self.epoch += 1
 
 
-class TestBatches:
+class EvalBatches:
     """One rank's share of a test set, as (X, y) of at most `batch_size`: over all ranks, every example exactly once."""
 
-    def __init__(self, split: Split, *, rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float32, batch_size: int = 1000):  # fmt: skip
+    def __init__(
+        self,
+        split: Split,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 1000,
+    ) -> None:
         n = len(split.labels)
         mine = slice(n * rank // world_size, n * (rank + 1) // world_size)
         self.images, self.labels = split.images[mine], split.labels[mine]

@@ -39,7 +39,7 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 STALL_S = 30  # a source that says nothing for so long has failed
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why one source of the data cannot be used."""
 
 
@@ -55,7 +55,8 @@ def provide(config: Config, *, fetching: bool) -> int:
     """
     if config.dataset != FASHION_MNIST:
         folder = Path(config.dataset)
-        return [read_idx_split(folder, prefix)[0] for prefix in ("train", "t10k")][0]
+        counts = {prefix: read_idx_split(folder, prefix)[0] for prefix in ("train", "t10k")}
+        return counts["train"]
     if fetching:
         fetch_fashion_mnist(config.data_dir)
     else:
@@ -115,7 +116,7 @@ def _fetch(raw: Path) -> None:
         with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".fetch-", ignore_cleanup_errors=True) as scratch:
             try:
                 _install(source(Path(scratch)), raw)
-            except Unavailable as reason:
+            except UnavailableError as reason:
                 failures.append(f"  {description}: {reason}")
                 continue
         if failures:
@@ -124,7 +125,8 @@ def _fetch(raw: Path) -> None:
     raise InputError(
         "Fashion-MNIST is not to be had. Tried, in order:\n"
         + "\n".join(failures)
-        + f"\nPut the four files {', '.join(SHA256)} (plain or .gz) into {raw}, or name another set with --dataset FOLDER."
+        + f"\nPut the four files {', '.join(SHA256)} (plain or .gz) into {raw},"
+        + "\nor name a folder with another set: --dataset FOLDER"
     )
 
 
@@ -146,13 +148,13 @@ def _install(folder: Path, raw: Path) -> None:
             _write_atomically(raw / name, content)
             break
         else:
-            raise Unavailable("; ".join(reasons) or f"no {name}")
+            raise UnavailableError("; ".join(reasons) or f"no {name}")
     _remember(raw)
 
 
 def _system_package(_: Path) -> Path:
     if not SYSTEM_FOLDER.is_dir():
-        raise Unavailable("not installed")
+        raise UnavailableError("not installed")
     return SYSTEM_FOLDER
 
 
@@ -165,7 +167,7 @@ def _torchvision_download(scratch: Path) -> Path:
 
         FashionMNIST(str(scratch), download=True)
     except (ImportError, OSError, RuntimeError) as error:
-        raise Unavailable(" ".join(str(error).split())) from None
+        raise UnavailableError(" ".join(str(error).split())) from None
     finally:
         socket.setdefaulttimeout(patience)
     return raw_folder(scratch)
@@ -174,12 +176,12 @@ def _torchvision_download(scratch: Path) -> Path:
 def _debian_package(scratch: Path) -> Path:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise Unavailable(f"no {tool} on this machine")
+            raise UnavailableError(f"no {tool} on this machine")
     _say(f"downloading the package {DEBIAN_PACKAGE} (31 MB) with apt-get")
     apt_get = ["apt-get", "-o", f"Acquire::http::Timeout={STALL_S}"]
     try:
         _run([*apt_get, "download", DEBIAN_PACKAGE], scratch)
-    except Unavailable:  # perhaps for want of package lists: fetch them to where no root is needed
+    except UnavailableError:  # perhaps for want of package lists: fetch them to where no root is needed
         (scratch / "lists" / "partial").mkdir(parents=True)
         apt_get += ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch}"]
         _run([*apt_get, "update"], scratch)
@@ -190,16 +192,22 @@ def _debian_package(scratch: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run a command, its progress shown on stderr; raise Unavailable with its last error line if it fails."""
+    """Run a command, its progress shown on stderr; raise UnavailableError with its last error line if it fails."""
     try:
         done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=600
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=600,
         )
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"`{' '.join(command)}` took over 600 s") from None
+        raise UnavailableError(f"`{' '.join(command)}` took over 600 s") from None
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if not line.startswith("W:")]
-        raise Unavailable(errors[-1] if errors else f"`{' '.join(command)}` ended with {done.returncode}")
+        raise UnavailableError(errors[-1] if errors else f"`{' '.join(command)}` ended with {done.returncode}")
 
 
 def _problems(raw: Path) -> dict[str, str | None]:

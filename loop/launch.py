@@ -9,13 +9,17 @@ from loop.config import Config, InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
 
 # Set by torchrun and `accelerate launch`; by Open MPI, MPICH and Intel MPI, MVAPICH; by srun for the tasks of a step.
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
-HOW_TO_LAUNCH = "use scripts/train.sh, `torchrun --nproc_per_node N train.py`, or `accelerate launch --multi_gpu --num_processes N train.py` (on CPUs too)"  # fmt: skip # noqa: E501
+HOW_TO_LAUNCH = (
+    "use scripts/train.sh, `torchrun --nproc_per_node N train.py`, "
+    "or `accelerate launch --multi_gpu --num_processes N train.py`, on CPUs too"
+)
 
 
 def launched_world_size() -> int:
@@ -33,7 +37,7 @@ def launched_local_rank() -> int:
     return _from_environment(LOCAL_RANK, 0)
 
 
-def make_accelerator(config: Config, trackers: list[object]) -> Accelerator:
+def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
     """Join the ranks and return their Accelerator.
 
     Raises InputError where the launcher's processes would each train alone, where ranks outnumber the GPUs, and for
@@ -44,9 +48,9 @@ def make_accelerator(config: Config, trackers: list[object]) -> Accelerator:
 
     gpus = 0 if config.cpu else torch.cuda.device_count()
     if config.mixed_precision == "fp16" and not gpus:
-        raise InputError("--mixed-precision fp16 needs a GPU, and there is none (a CPU would train in float32): use bf16")
+        raise InputError("--mixed-precision fp16 needs a GPU, and there is none: use bf16")
     if 0 < gpus <= launched_local_rank():
-        raise InputError(f"more ranks than the {gpus} GPU(s) of this machine: start {gpus}, or train on the CPU with --cpu")
+        raise InputError(f"more ranks than the {gpus} GPU(s) of this machine: start {gpus}, or train with --cpu")
     if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise InputError(
             "`accelerate launch` was asked for several processes and started one, "

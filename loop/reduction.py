@@ -1,10 +1,10 @@
 """What a rank must back-propagate so that the step is the one a single process would take.
 
 One optimiser step covers n examples with losses l and gradients g. They lie in cells: one for each rank and
-micro-batch, n_rk examples in cell (r, k), some cells perhaps empty. The framework then *averages* over cells: over the
-W ranks under DistributedDataParallel, over W K under Accelerate, whose `backward` divides by K as well. Call that number
-`averaged_over`. A cell that back-propagates s_rk Σ l contributes s_rk / averaged_over of its summed gradient, so its
-scale s_rk decides everything:
+micro-batch, n_rk examples in cell (r, k), some cells perhaps empty. The framework then *averages* over cells: over
+the W ranks under DistributedDataParallel, over W K under Accelerate, whose `backward` divides by K as well. Call that
+number `averaged_over`. A cell that back-propagates s_rk Σ l contributes s_rk / averaged_over of its summed gradient,
+so its scale s_rk decides everything:
 
     reduction  normalize  s_rk                the step applies
     mean       rank       1 / n_rk            (1/WK) Σ_rk (1/n_rk) Σ g    a mean of means
@@ -41,7 +41,7 @@ Normalize = Literal["global", "rank"]
 def cell_scale(
     reduction: Reduction, normalize: Normalize, *, n_local: Count, n_global: Count, averaged_over: int
 ) -> Count:
-    """Return s_rk of the table above. A count of 0 scales by a finite number, so an empty cell's loss is 0, never NaN."""
+    """Return s_rk of the table above: finite even for a count of 0, so that an empty cell's loss is 0, never NaN."""
     if normalize == "global":
         return averaged_over / _nonzero(n_global) if reduction == "mean" else averaged_over
     return 1 / _nonzero(n_local) if reduction == "mean" else 1

@@ -1,9 +1,9 @@
 """Who gets which examples at every step: pure arithmetic, the same on every rank, with no communication.
 
-An epoch is one order of N examples, cut into *steps* of `batch_size`; the last may be incomplete (the *tail*). A step is
-dealt to W K *cells*, one for each micro-batch k of each rank r, in the order micro-batch by micro-batch, rank by rank:
-cell k W + r. A cell is a contiguous range of the epoch's positions. Empty cells are real cells: their rank takes part in
-every backward, which is what keeps the ranks' all-reduces in step.
+An epoch is one order of N examples, cut into *steps* of `batch_size`; the last may be incomplete (the *tail*). A step
+is dealt to W K *cells*, one for each micro-batch k of each rank r, in the order micro-batch by micro-batch, rank by
+rank: cell k W + r. A cell is a contiguous range of the epoch's positions. Empty cells are real cells: their rank takes
+part in every backward, which is what keeps the ranks' all-reduces in step.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Shards:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tail == "pad" and self.batch_size % self.cells:
             raise ValueError(
-                f"--tail pad needs ranks x micro-batches ({self.world_size} x {self.accumulate} = {self.cells}) to divide "
-                f"--batch-size {self.batch_size}: choose a multiple of {self.cells}, or --tail spread"
+                f"--tail pad needs ranks x micro-batches ({self.world_size} x {self.accumulate} = {self.cells}) "
+                f"to divide --batch-size {self.batch_size}: choose a multiple of {self.cells}, or --tail spread"
             )
         if self.tail == "drop" and self.examples < self.batch_size:
             raise ValueError(

@@ -46,8 +46,8 @@ def new_folder(config: Config, world_size: int) -> Path:
             raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
 
 
-class JsonlTracker(GeneralTracker):  # type: ignore[misc]
-    """Writes config.json and, row by row, metrics.jsonl into a run's folder: the tracker behind Accelerate's `log_with`.
+class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
+    """Writes config.json and, row by row, metrics.jsonl into a run's folder, behind Accelerate's `log_with`.
 
     JSON has no NaN and no infinity: they are written as the strings that float() reads, "nan", "inf" and "-inf".
     """
@@ -189,17 +189,19 @@ class RunLog:
     def after_epoch(self, epoch: Epoch) -> None:
         """Log an epoch's row and draw its points."""
         census = self.shards.census
-        self.summary = self._log({
-            "train/loss": epoch.train_loss,
-            "train/acc": epoch.train_acc,
-            "test/loss": epoch.test_loss,
-            "test/acc": epoch.test_acc,
-            "data/seen": census.seen,
-            "data/duplicated": census.duplicated,
-            "data/missing": census.missing,
-            "time/epoch_s": epoch.seconds,
-            "time/examples_per_s": (census.seen + census.duplicated) / epoch.seconds,
-        })
+        self.summary = self._log(
+            {
+                "train/loss": epoch.train_loss,
+                "train/acc": epoch.train_acc,
+                "test/loss": epoch.test_loss,
+                "test/acc": epoch.test_acc,
+                "data/seen": census.seen,
+                "data/duplicated": census.duplicated,
+                "data/missing": census.missing,
+                "time/epoch_s": epoch.seconds,
+                "time/examples_per_s": (census.seen + census.duplicated) / epoch.seconds,
+            }
+        )
         if self.animator:
             self.animator.add(epoch.number, (epoch.train_loss, epoch.train_acc, epoch.test_acc))
         self.epoch += 1

@@ -1,4 +1,4 @@
-"""The data-parallel updater: one optimiser step out of the cells of all ranks, by the equations of loop/reduction.py."""
+"""The data-parallel updater: one optimiser step out of the cells of all ranks, by loop/reduction.py's equations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class CellUpdater:
 def make_updater(
     accelerator: Accelerator, net: nn.Module, config: Config, on_gradient: Callable[[Cell], None] | None = None
 ) -> CellUpdater:
-    """Return the updater that the flags ask for, over the parameters of `net` (as `accelerator.prepare` returned it)."""
+    """Return the updater that the flags ask for. net: as `accelerator.prepare` returned it."""
     if config.updater == "scratch":
         return CellUpdater(accelerator, net, None, config, on_gradient)
     kind, momentum = {

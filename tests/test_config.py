@@ -1,0 +1,133 @@
+"""Bad input: one clear line that names the flag, exit code 2, nothing trained and nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from loop.config import Config, parse
+
+REFUSED = [
+    ("--batch-size 0", "--batch-size 0 must be at least 1"),
+    ("--accumulate 0", "--accumulate 0 must be at least 1"),
+    ("--epochs 0", "--epochs 0 must be at least 1"),
+    ("--log-every 0", "--log-every 0 must be at least 1"),
+    ("--train-examples 0", "--train-examples 0 must be at least 1"),
+    ("--train-examples 60001", "--train-examples 60001: fashion-mnist has only 60000"),
+    ("--seed -1", "--seed -1 must be"),
+    ("--lr 0", "--lr 0.0 must be a finite number above 0"),
+    ("--lr nan", "--lr nan must be"),
+    ("--lr inf", "--lr inf must be"),
+    ("--momentum 1", "--momentum 1.0 must be"),
+    ("--weight-decay -1", "--weight-decay -1.0 must be"),
+    ("--clip-norm 0", "--clip-norm 0.0 must be"),
+    ("--run-name ../elsewhere", "--run-name '../elsewhere' must be a plain name"),
+    ("--out README.md", "--out README.md is not a folder"),
+    ("--optimizer adam --momentum 0.9", "--momentum is for --optimizer sgd"),
+    ("--updater scratch --optimizer adam", "--updater scratch is the book's sgd"),
+    ("--updater scratch --momentum 0.9", "--updater scratch has no momentum"),
+    ("--updater scratch --weight-decay 0.1", "--updater scratch has no weight decay"),
+    ("--updater scratch --clip-norm 1", "--clip-norm needs --updater torch"),
+    ("--updater scratch --mixed-precision fp16", "--mixed-precision fp16 needs --updater torch"),
+    ("--dtype float64 --mixed-precision bf16", "autocast leaves float64 as it is"),
+    ("--cpu --mixed-precision fp16", "--mixed-precision fp16 needs a GPU"),
+    ("--wandb online", "--wandb online is not available yet"),
+    ("--tail drop --train-examples 100", "--tail drop leaves an epoch without a step"),
+    ("--tail pad --accumulate 3", "--tail pad needs"),
+    ("--dataset no/such/folder", "--dataset no/such/folder: no file train-images-idx3-ubyte"),
+]
+
+
+def refusal(flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environ: str) -> str:
+    """What train.py says on stderr as it refuses."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED)
+def test_bad_flags_get_one_line(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(flags, monkeypatch, capsys)
+    assert said.startswith("train.py: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--reduction median", "--batch-size many", "--no-such-flag"])
+def test_unparsable_flags_are_named(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flags.split()[0] in refusal(flags, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 0", "--no-such-flag", "--tail pad"])
+def test_only_one_rank_complains(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1"}
+    assert refusal(flags, monkeypatch, capsys, **ranks) == ""
+
+
+def test_check_knows_the_ranks_that_will_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "3 x 1 = 3" in refusal("--check --tail pad", monkeypatch, capsys, WORLD_SIZE="3")
+
+
+def test_an_existing_run_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    assert "choose another name" in refusal(f"--out {tmp_path} --run-name mine", monkeypatch, capsys)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = refusal(f"--cpu --out {tmp_path}", monkeypatch, capsys, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
+    assert "started 2 processes, but they do not see each other" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_and_check_need_no_torch_and_answer_at_once() -> None:
+    for flag in ("--help", "--check"):
+        began = time.perf_counter()
+        command = [sys.executable, "-X", "importtime", "train.py", flag]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert time.perf_counter() - began < 3, "about a second, with room for a busy machine"
+        assert not [line for line in done.stderr.splitlines() if line.rsplit("|", 1)[-1].strip() == "torch"]
+
+
+def test_the_default_learning_rates_are_the_books() -> None:
+    assert [parse(["--net", net]).learning_rate for net in ("softmax", "mlp", "lenet")] == [0.1, 0.1, 0.9]
+    assert Config(optimizer="adam").learning_rate == 1e-3
+    assert Config(lr=0.3, net="lenet").learning_rate == 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr_effective"),
+    [
+        ({}, 0.1),
+        ({"reduction": "sum"}, 0.1 * 7),
+        ({"reduction": "sum", "normalize": "rank"}, 0.1 * 7 / 3),
+        ({"normalize": "rank"}, 0.1 * 2 / 3),  # one cell of three is empty: its mean is 0, and is averaged in
+        ({"updater": "scratch", "reduction": "sum"}, 0.1),
+        ({"updater": "scratch", "reduction": "sum", "normalize": "rank"}, 0.1 * 7 / 3 / 4),
+        ({"updater": "scratch"}, 0.1),
+    ],
+)
+def test_effective_learning_rate(flags: dict[str, str], lr_effective: float) -> None:
+    assert Config(**flags).effective_lr((4, 3, 0), world_size=3) == pytest.approx(lr_effective, rel=1e-12)

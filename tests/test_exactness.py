@@ -1,0 +1,67 @@
+"""The exactness matrix: under `--normalize global` the weights, and the metrics, are those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cases import relative_distance, toy_config, train_here, train_plainly, worst_metric_error
+from tests.ranks import World
+
+# (examples, batch size): a last step of 3, so that ranks idle; of 1, in an epoch of batches that W = 3 and 4 do not
+# divide; of 22, nearly full; and an epoch of less than one batch.
+SIZES = [(67, 16), (61, 10), (70, 24), (5, 8)]
+SIZES_TO_PAD = [(75, 36), (71, 36), (5, 36)]  # 36 is divisible by every W K tried
+UPDATERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+    "clipped": {"clip_norm": 0.5},
+    "scratch": {"updater": "scratch"},
+}
+
+
+@pytest.mark.parametrize("updater", UPDATERS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("tail", ["spread", "ragged", "pad", "drop"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_global_takes_the_steps_of_one_process(
+    world: Callable[[int], World], world_size: int, accumulate: int, tail: str, reduction: str, updater: str
+) -> None:
+    for examples, batch_size in SIZES_TO_PAD if tail == "pad" else SIZES:
+        if tail == "drop" and examples < batch_size:
+            continue
+        config = toy_config(
+            batch_size=batch_size, accumulate=accumulate, tail=tail, reduction=reduction, **UPDATERS[updater]
+        )
+        plain = train_plainly(config, examples)
+        for rank, ours in enumerate(world(world_size).run(train_here, config, examples)):
+            case = f"N = {examples}, batch {batch_size}, rank {rank}"
+            assert relative_distance(ours.weights, plain.weights) < 1e-12, case
+            assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12, case
+
+
+@pytest.mark.parametrize("tail", ["spread", "ragged"])
+@pytest.mark.parametrize("updater", ["momentum", "scratch"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("net", ["mlp", "lenet"])
+def test_the_deeper_nets_are_exact_too(
+    world: Callable[[int], World], net: str, reduction: str, updater: str, tail: str
+) -> None:
+    config = toy_config(net=net, batch_size=16, accumulate=2, reduction=reduction, tail=tail, **UPDATERS[updater])
+    plain = train_plainly(config, 67)
+    for ours in world(3).run(train_here, config, 67):
+        assert relative_distance(ours.weights, plain.weights) < 1e-12
+        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12
+
+
+@pytest.mark.parametrize("net", ["softmax", "mlp", "lenet"])
+def test_float32_stays_within_rounding_of_one_process(world: Callable[[int], World], net: str) -> None:
+    config = toy_config(net=net, dtype="float32", batch_size=16, accumulate=3)
+    plain = train_plainly(config, 67)
+    for ours in world(4).run(train_here, config, 67):
+        assert relative_distance(ours.weights, plain.weights) < 1e-6
+        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-5

@@ -1,0 +1,121 @@
+"""Shards: every example goes where the tail says, on every rank, and as Accelerate deals where the two agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
+
+from loop.shards import Shards, ragged, spread
+
+plans = st.builds(
+    dict,
+    examples=st.integers(1, 200),
+    batch_size=st.integers(1, 64),
+    world_size=st.integers(1, 9),
+    accumulate=st.integers(1, 4),
+)
+
+
+def positions(shards: Shards) -> list[list[int]]:
+    """The positions that each rank takes in an epoch, modulo N."""
+    ranks = range(shards.world_size)
+    return [[p % shards.examples for _, part in shards.of_rank(rank) for p in part] for rank in ranks]
+
+
+@given(plans, st.sampled_from(["spread", "ragged"]))
+def test_spread_and_ragged_deal_every_example_once(plan: dict[str, int], tail: str) -> None:
+    dealt = Counter(p for part in positions(Shards(**plan, tail=tail)) for p in part)
+    assert dealt == Counter(range(plan["examples"]))
+
+
+@given(plans)
+def test_pad_deals_the_first_examples_again(plan: dict[str, int]) -> None:
+    assume(plan["batch_size"] % (plan["world_size"] * plan["accumulate"]) == 0)
+    shards = Shards(**plan, tail="pad")
+    dealt = Counter(p for part in positions(shards) for p in part)
+    missing = -plan["examples"] % plan["batch_size"]
+    assert dealt == Counter(i % plan["examples"] for i in range(plan["examples"] + missing))
+    assert shards.census == (plan["examples"], missing, 0)
+    assert {size for step in shards.steps for size in step.sizes} == {shards.capacity}
+
+
+@given(plans)
+def test_drop_never_deals_the_incomplete_batch(plan: dict[str, int]) -> None:
+    assume(plan["examples"] >= plan["batch_size"])
+    shards = Shards(**plan, tail="drop")
+    dealt = Counter(p for part in positions(shards) for p in part)
+    whole = plan["examples"] - plan["examples"] % plan["batch_size"]
+    assert dealt == Counter(range(whole))
+    assert shards.census == (whole, 0, plan["examples"] - whole)
+
+
+@given(plans, st.sampled_from(["spread", "ragged"]))
+def test_ranks_agree_on_every_step_and_meet_in_every_backward(plan: dict[str, int], tail: str) -> None:
+    shards = Shards(**plan, tail=tail)
+    per_rank = [list(shards.of_rank(rank)) for rank in range(plan["world_size"])]
+    assert len({len(cells) for cells in per_rank}) == 1, "an idle rank still has its cells"
+    for same_time in zip(*per_rank, strict=True):
+        steps = {cell.step for cell, _ in same_time}
+        assert len(steps) == 1
+        assert all(cell.n_local == len(part) for cell, part in same_time)
+    for step in shards.steps:
+        mine = [cell.n_local for cells in per_rank for cell, _ in cells if cell.step is step]
+        assert sum(mine) == step.n_global == sum(step.sizes)
+        assert sorted(mine) == sorted(step.sizes)
+
+
+@given(plans)
+def test_full_batches_are_dealt_evenly_under_every_tail(plan: dict[str, int]) -> None:
+    assume(plan["examples"] >= plan["batch_size"])
+    for tail in ("spread", "ragged", "drop"):
+        sizes = Shards(**plan, tail=tail).steps[0].sizes
+        assert max(sizes) - min(sizes) <= 1
+        assert list(sizes) == sorted(sizes, reverse=True)
+
+
+@given(st.integers(1, 200), st.integers(1, 8), st.integers(1, 8), st.sampled_from(["pad", "ragged", "drop"]))
+def test_equal_to_accelerates_batch_sampler_shard(examples: int, cell: int, world_size: int, tail: str) -> None:
+    batch_size = cell * world_size
+    assume(tail != "drop" or examples >= batch_size)
+    sampler = BatchSampler(range(examples), batch_size, drop_last=tail == "drop")
+    shards = Shards(examples, batch_size, world_size, 1, tail)
+    for rank in range(world_size):
+        theirs = BatchSamplerShard(sampler, world_size, rank, split_batches=True, even_batches=tail == "pad")
+        ours = ([p % examples for p in part] for _, part in shards.of_rank(rank))
+        assert [batch for batch in ours if batch] == list(theirs)
+
+
+def test_the_books_last_batch_over_eight_ranks() -> None:
+    shards = {tail: Shards(60_000, 256, 8, 1, tail) for tail in ("spread", "ragged", "pad", "drop")}
+    assert len(shards["spread"].steps) == 235
+    assert len(shards["drop"].steps) == 234
+    assert shards["spread"].steps[-1].sizes == (12,) * 8
+    assert shards["ragged"].steps[-1].sizes == (32, 32, 32, 0, 0, 0, 0, 0)
+    assert shards["pad"].census == (60_000, 160, 0)
+    assert shards["drop"].census == (59_904, 0, 96)
+
+
+def test_dealing() -> None:
+    assert spread(7, 3) == (3, 2, 2)
+    assert spread(2, 4) == (1, 1, 0, 0)
+    assert ragged(7, 3, 3) == (3, 3, 1)
+    assert ragged(3, 3, 3) == (3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "remedy"),
+    [
+        ({"batch_size": 10, "world_size": 3, "tail": "pad"}, "--tail pad needs .* choose a multiple of 3"),
+        ({"batch_size": 200, "tail": "drop"}, "--tail drop leaves an epoch without a step"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 4, "world_size": 0}, "world_size must be at least 1"),
+    ],
+)
+def test_impossible_plans_name_the_remedy(plan: dict[str, int], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        Shards(examples=100, **plan)

@@ -1,0 +1,141 @@
+"""End to end, as a user starts it, on a slice of the real Fashion-MNIST: the files it leaves are read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from loop.nets import make_net
+from tests.cases import relative_distance
+
+PYTHON = sys.executable
+LAUNCHES = {
+    "python": [PYTHON, "train.py"],
+    "train.sh, 2 ranks": ["bash", "scripts/train.sh"],
+    "torchrun, 3 ranks": [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "train.py"],
+}
+SLICE = ["--dtype", "float64", "--epochs", "2", "--train-examples", "1003", "--batch-size", "128", "--log-every", "3"]
+
+
+def launch(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a launch to its end, each rank on one thread, on the CPU."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VIRTUAL_ENV": sys.prefix, **environ}
+    command = [*how, *flags, "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without the clock's."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """For each way of launching, the run's folder and what it said."""
+    finished = {}
+    for name, how in LAUNCHES.items():
+        out = tmp_path_factory.mktemp("runs")
+        done = launch(how, out, *SLICE, "--tail", "ragged")
+        assert done.returncode == 0, done.stderr
+        (run,) = out.iterdir()
+        finished[name] = (run, done.stdout)
+    return finished
+
+
+def test_every_launch_leaves_the_same_weights(runs: dict[str, tuple[Path, str]]) -> None:
+    weights = {name: load_file(run / "model.safetensors") for name, (run, _) in runs.items()}
+    make_net("softmax").load_state_dict(weights["python"])  # the unwrapped net's names
+    for name in LAUNCHES:
+        assert relative_distance(weights[name], weights["python"]) < 1e-12, name
+
+
+def test_every_launch_logs_the_same_rows(runs: dict[str, tuple[Path, str]]) -> None:
+    plain = rows_of(runs["python"][0])
+    assert [row["step"] for row in plain] == [3, 6, 8, 9, 12, 15, 16]
+    assert [row["examples"] for row in plain] == [384, 768, 1003, 1131, 1515, 1899, 2006]
+    assert [row["epoch"] for row in plain] == [1, 1, 1, 2, 2, 2, 2]
+    for name, (run, _) in runs.items():
+        for ours, theirs in zip(rows_of(run), plain, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours.keys() - {"step/n_min", "step/n_max"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-12), (name, key)
+
+
+def test_a_run_leaves_its_folder_complete(runs: dict[str, tuple[Path, str]]) -> None:
+    for run, _ in runs.values():
+        assert {path.name for path in run.iterdir()} == {
+            "config.json", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors",
+        }  # fmt: skip
+    run, _ = runs["torchrun, 3 ranks"]
+    assert run.name == "mean-global-ragged-w3-b128"
+    config = json.loads((run / "config.json").read_text())
+    assert (config["world_size"], config["cells"], config["steps_per_epoch"], config["lr"]) == (3, 3, 8, 0.1)
+    assert config["last_step_sizes"] == [43, 43, 21]
+    summary = json.loads((run / "summary.json").read_text())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary == {**last, "skipped_steps": 0}
+    assert (last["data/seen"], last["data/duplicated"], last["data/missing"]) == (1003, 0, 0)
+
+
+def test_a_run_says_what_the_all_reduce_did(runs: dict[str, tuple[Path, str]]) -> None:
+    _, said = runs["train.sh, 2 ranks"]
+    assert "2 rank(s) on cpu" in said
+    sentence = said.splitlines()[-1]
+    assert "took 107 examples: 2 cells of 64, 43 were averaged" in sentence
+    assert "effective learning rate 0.1 (--lr 0.1)" in sentence
+
+
+def test_the_plain_mode_names_its_error(tmp_path: Path) -> None:
+    done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, *SLICE, "--tail", "ragged", "--normalize", "rank")
+    assert done.returncode == 0, done.stderr
+    sentence = done.stdout.splitlines()[-1]
+    assert "smallest cell (43) weighed 1.244/n, of the largest (64) 0.8359/n" in sentence  # 107/(2 x 43), 107/(2 x 64)
+
+
+def test_a_second_run_of_the_same_mode_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = launch(LAUNCHES["python"], tmp_path, "--train-examples", "300", "--epochs", "1", "--accumulate", "2")
+        assert done.returncode == 0, done.stderr
+    assert {run.name for run in tmp_path.iterdir()} == {"mean-global-spread-w1-b256", "mean-global-spread-w1-b256-2"}
+
+
+def test_bf16_accumulation_and_clipping_run_together(tmp_path: Path) -> None:
+    flags = [
+        "--train-examples",
+        "600",
+        "--epochs",
+        "1",
+        "--mixed-precision",
+        "bf16",
+        "--accumulate",
+        "2",
+        "--clip-norm",
+        "1",
+        "--net",
+        "lenet",
+    ]
+    done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(tmp_path: Path) -> None:
+    how = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py"]
+    done = launch(how, tmp_path)
+    assert done.returncode != 0
+    assert "was asked for several processes and started one" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_flags_stop_train_sh_before_any_rank_starts(tmp_path: Path) -> None:
+    done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, "--tail", "pad", "--batch-size", "33")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: --tail pad needs")
+    assert "Traceback" not in done.stderr
