@@ -45,19 +45,21 @@ def last_batch(config: Config, shards: Shards) -> str:
     """Return one plain sentence on what the all-reduce did to the epoch's last batch."""
     sizes = shards.steps[-1].sizes
     n, census = sum(sizes), shards.census
-    if shards.cells == 1:
-        averaged = "one process and one micro-batch leave nothing to average"
-    else:
-        averaged = f"{shards.cells} cells of {sizes_in_words(sizes)} were averaged"
-    weight = dict(zip(sizes, example_weights(config.reduction, config.normalize, sizes), strict=True))
-    smallest, largest = min(size for size in sizes if size), max(sizes)
+    cells = [
+        (size, weight * n)
+        for size, weight in zip(sizes, example_weights(config.reduction, config.normalize, sizes), strict=True)
+        if size
+    ]
+    (smallest, its_weight), (largest, other_weight) = min(cells), max(cells)
     repeated = f" ({census.duplicated} of them for the second time)" if census.duplicated else ""
+    averaged = (
+        f"{shards.cells} cells ({sizes_in_words(sizes)}) were averaged" if shards.cells > 1 else "one cell, no average"
+    )
     dropped = f"; {census.missing} examples of the epoch were never seen" if census.missing else ""
-    lr_effective = config.effective_lr(sizes, shards.world_size)
     return (
-        f"An epoch's last step took {n} examples{repeated}: {averaged}, so that an example of the smallest cell "
-        f"({smallest}) weighed {weight[smallest] * n:.4g}/n, of the largest ({largest}) {weight[largest] * n:.4g}/n; "
-        f"effective learning rate {lr_effective:.4g} (--lr {config.learning_rate:g}){dropped}."
+        f"An epoch's last step took {n} example(s){repeated}: {averaged}, so an example weighed {its_weight:.4g}/n in the "
+        f"smallest cell ({smallest}) and {other_weight:.4g}/n in the largest ({largest}); effective learning rate "
+        f"{config.effective_lr(sizes, shards.world_size):.4g} (--lr {config.learning_rate:g}){dropped}."
     )
 
 

@@ -89,7 +89,7 @@ def test_a_run_says_what_the_all_reduce_did(runs: dict[str, tuple[Path, str]]) -
     _, said = runs["train.sh, 2 ranks"]
     assert "2 rank(s) on cpu" in said
     sentence = said.splitlines()[-1]
-    assert "took 107 examples: 2 cells of 64, 43 were averaged" in sentence
+    assert "took 107 example(s): 2 cells (64, 43) were averaged" in sentence
     assert "effective learning rate 0.1 (--lr 0.1)" in sentence
 
 
@@ -97,7 +97,9 @@ def test_the_plain_mode_names_its_error(tmp_path: Path) -> None:
     done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, *SLICE, "--tail", "ragged", "--normalize", "rank")
     assert done.returncode == 0, done.stderr
     sentence = done.stdout.splitlines()[-1]
-    assert "smallest cell (43) weighed 1.244/n, of the largest (64) 0.8359/n" in sentence  # 107/(2 x 43), 107/(2 x 64)
+    assert (
+        "1.244/n in the smallest cell (43) and 0.8359/n in the largest (64)" in sentence
+    )  # 107/(2 x 43), 107/(2 x 64)
 
 
 def test_a_second_run_of_the_same_mode_gets_a_name_of_its_own(tmp_path: Path) -> None:
