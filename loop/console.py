@@ -52,13 +52,13 @@ def last_batch(config: Config, shards: Shards) -> str:
     ]
     (smallest, its_weight), (largest, other_weight) = min(cells), max(cells)
     repeated = f" ({census.duplicated} of them for the second time)" if census.duplicated else ""
-    averaged = (
-        f"{shards.cells} cells ({sizes_in_words(sizes)}) were averaged" if shards.cells > 1 else "one cell, no average"
-    )
+    averaged = "one cell, nothing to average"
+    if shards.cells > 1:
+        averaged = f"{shards.cells} cells ({sizes_in_words(sizes)}) were averaged"
     dropped = f"; {census.missing} examples of the epoch were never seen" if census.missing else ""
     return (
-        f"An epoch's last step took {n} example(s){repeated}: {averaged}, so an example weighed {its_weight:.4g}/n in the "
-        f"smallest cell ({smallest}) and {other_weight:.4g}/n in the largest ({largest}); effective learning rate "
+        f"An epoch's last step took {n} example(s){repeated}: {averaged}, so an example weighed {its_weight:.4g}/n in "
+        f"the smallest cell ({smallest}) and {other_weight:.4g}/n in the largest ({largest}); effective learning rate "
         f"{config.effective_lr(sizes, shards.world_size):.4g} (--lr {config.learning_rate:g}){dropped}."
     )
 
