@@ -20,7 +20,7 @@ import sys
 
 from loop.config import Config, InputError, parse
 from loop.fetch import provide
-from loop.launch import launched_local_rank, launched_world_size, make_accelerator
+from loop.launch import count_gpus, launched_local_rank, launched_world_size, make_accelerator
 
 
 def main() -> None:
@@ -33,7 +33,10 @@ def main() -> None:
         shards = config.shards(examples, launched_world_size())
         if not config.check:
             train(config)
-        elif speaks:
+            return
+        if config.mixed_precision == "fp16":  # the one check that needs torch
+            count_gpus(config)
+        if speaks:
             print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
     except InputError as error:
         if speaks:

@@ -6,6 +6,7 @@ Imports no torch, so that `--help` and `--check` answer at once.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,15 +102,22 @@ class Config:
     def effective_lr(self, sizes: Sequence[int], world_size: int) -> float:
         """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
 
-        sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank.
+        sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank. Where the scratch updater's
+        ranks differ, it is rank 0's.
         """
         weights = example_weights(self.reduction, self.normalize, sizes)
         length = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-        if self.updater == "torch":
-            return self.learning_rate * length
-        n_last = sizes[-world_size]  # of rank 0
-        divisor = sgd_batch_size(self.reduction, self.normalize, n_last=n_last, n_global=sum(sizes))
+        divisor = self.divisors(sizes, world_size)[0]
         return self.learning_rate * length / divisor if divisor else 0.0
+
+    def divisors(self, sizes: Sequence[int], world_size: int) -> list[int]:
+        """Return what each rank's updater divides the gradient by: torch's by 1; 0 stands for no update."""
+        if self.updater == "torch":
+            return [1] * world_size
+        n = sum(sizes)
+        return [
+            sgd_batch_size(self.reduction, self.normalize, n_last=n_last, n_global=n) for n_last in sizes[-world_size:]
+        ]
 
     def shards(self, examples: int, world_size: int) -> Shards:
         """Return the epoch's plan for so many training examples; raises InputError where there is none."""
@@ -147,9 +155,14 @@ class Config:
         self.refuse_existing_run()
 
     def refuse_existing_run(self) -> None:
-        """Raise InputError if --out is no folder, or the run that --run-name names exists already."""
-        _refuse(self.out.exists() and not self.out.is_dir(), f"--out {self.out} is not a folder")
-        taken = self.run_name is not None and (self.out / self.run_name).exists()
+        """Raise InputError if --out cannot hold a run, or the run that --run-name names exists already."""
+        try:
+            taken = self.run_name is not None and (self.out / self.run_name).exists()
+            there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        except OSError as error:
+            raise InputError(f"--out {self.out}: cannot be used: {error.strerror}") from None
+        _refuse(not there.is_dir(), f"--out {self.out}: {there} is not a folder")
+        _refuse(not os.access(there, os.W_OK), f"--out {self.out}: {there} cannot be written to")
         _refuse(taken, f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name")
 
     def _refuse_contradictions(self) -> None:

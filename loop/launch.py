@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # Set by torchrun and `accelerate launch`; by Open MPI, MPICH and Intel MPI, MVAPICH; by srun for the tasks of a step.
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 HOW_TO_LAUNCH = (
@@ -27,41 +26,44 @@ def launched_world_size() -> int:
     return _from_environment(WORLD_SIZE, 1)
 
 
-def launched_rank() -> int:
-    """Return this process's rank over all machines, known before any process group exists."""
-    return _from_environment(RANK, 0)
-
-
 def launched_local_rank() -> int:
     """Return this process's rank on its machine."""
     return _from_environment(LOCAL_RANK, 0)
 
 
-def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
-    """Join the ranks and return their Accelerator.
-
-    Raises InputError where the launcher's processes would each train alone, where ranks outnumber the GPUs, and for
-    fp16 without a GPU.
-    """
+def count_gpus(config: Config) -> int:
+    """Return how many GPUs this machine's ranks may use; raises InputError where the flags or the ranks need more."""
     import torch
-    from accelerate import Accelerator
 
     gpus = 0 if config.cpu else torch.cuda.device_count()
     if config.mixed_precision == "fp16" and not gpus:
         raise InputError("--mixed-precision fp16 needs a GPU, and there is none: use bf16")
     if 0 < gpus <= launched_local_rank():
         raise InputError(f"more ranks than the {gpus} GPU(s) of this machine: start {gpus}, or train with --cpu")
+    return gpus
+
+
+def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
+    """Join the ranks and return their Accelerator.
+
+    Raises InputError where the launcher's processes would each train alone or cannot be joined, and as `count_gpus`.
+    """
+    from accelerate import Accelerator
+
     if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise InputError(
-            "`accelerate launch` was asked for several processes and started one, "
-            f"as it does with --cpu and in MULTI_CPU configurations: {HOW_TO_LAUNCH}"
+            "`accelerate launch` seems to have been asked for several processes and started one, as it does with --cpu "
+            f"and in MULTI_CPU configurations: {HOW_TO_LAUNCH}. (If one is what you want: unset MASTER_PORT.)"
         )
-    accelerator = Accelerator(
-        cpu=not gpus,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulate,
-        log_with=trackers,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=count_gpus(config) == 0,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=trackers,
+        )
+    except ValueError as error:  # InputError among them
+        raise InputError(str(error)) from None
     if accelerator.num_processes != launched_world_size():
         raise InputError(
             f"the launcher started {launched_world_size()} processes, but they do not see each other: each would train "

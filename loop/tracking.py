@@ -39,11 +39,11 @@ def new_folder(config: Config, world_size: int) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except OSError as error:
+            if not folder.is_dir():
+                raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
             config.refuse_existing_run()
             attempt += 1
-        except OSError as error:
-            raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
 
 
 class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
@@ -139,6 +139,7 @@ class RunLog:
         self.bar = tqdm(
             total=config.epochs * len(shards.steps),
             unit="step",
+            dynamic_ncols=True,
             disable=None if accelerator.is_main_process else True,  # None: quiet where stderr is no terminal
         )
 
@@ -171,10 +172,8 @@ class RunLog:
             self.sums.all_reduce()
         loss, acc = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2]
         self.sums.reset()
-        rate = self.bar.format_dict["rate"]
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, acc {acc:.3f}, {rate * self.config.batch_size:,.0f} examples/s" if rate else ""
-        )
+        rate = self.bar.format_dict["rate"] or 0.0
+        self._show(loss, acc, rate * self.config.batch_size)
         self._log(
             {
                 "step/loss": loss,
@@ -202,9 +201,13 @@ class RunLog:
                 "time/examples_per_s": (census.seen + census.duplicated) / epoch.seconds,
             }
         )
+        self._show(epoch.train_loss, epoch.train_acc, self.summary["time/examples_per_s"])
         if self.animator:
             self.animator.add(epoch.number, (epoch.train_loss, epoch.train_acc, epoch.test_acc))
         self.epoch += 1
+
+    def _show(self, loss: float, acc: float, examples_per_s: float) -> None:
+        self.bar.set_postfix_str(f"loss {loss:.3f}, acc {acc:.3f}, {examples_per_s:,.0f} examples/s")
 
     def close(self) -> None:
         """End the progress bar."""
