@@ -83,12 +83,12 @@ class Config:
     """A remark to keep with the run."""
     log_every: int = 50
     """Steps between step rows in metrics.jsonl."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
-    """Weights & Biases. Only `disabled` is available yet."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases. auto: as WANDB_MODE says, else online if logged in and the server answers, else offline."""
     wandb_project: str | None = None
-    """Project in Weights & Biases."""
+    """Project in Weights & Biases. Default: WANDB_PROJECT, or chapter3-data-parallel."""
     wandb_entity: str | None = None
-    """User or team in Weights & Biases."""
+    """User or team in Weights & Biases. Default: yours."""
     check: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Validate everything that one process can validate, fetch the data if need be, then exit."""
 
@@ -190,7 +190,6 @@ class Config:
             self.cpu and self.mixed_precision == "fp16",
             "--mixed-precision fp16 needs a GPU (on a CPU it would silently train in float32): use bf16, or no --cpu",
         )
-        _refuse(self.wandb != "disabled", f"--wandb {self.wandb} is not available yet: use --wandb disabled")
 
 
 def parse(args: list[str] | None = None, *, quiet: bool = False) -> Config:

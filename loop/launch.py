@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Set by torchrun and `accelerate launch`; by Open MPI, MPICH and Intel MPI, MVAPICH; by srun for the tasks of a step.
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 HOW_TO_LAUNCH = (
@@ -24,6 +25,11 @@ HOW_TO_LAUNCH = (
 def launched_world_size() -> int:
     """Return how many ranks the launcher says it started; 1 without a launcher."""
     return _from_environment(WORLD_SIZE, 1)
+
+
+def launched_rank() -> int:
+    """Return this process's rank over all machines."""
+    return _from_environment(RANK, 0)
 
 
 def launched_local_rank() -> int:
