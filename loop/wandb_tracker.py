@@ -213,5 +213,5 @@ def count_rows(directory: Path) -> int | None:
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=True)
         return int(json.loads(done.stdout)["step"]) + 1
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, KeyError):
         return None

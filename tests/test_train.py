@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from loop.nets import make_net
 from tests.cases import relative_distance
+from tests.launches import LAUNCHES, PYTHON, launch, rows_of
 
-PYTHON = sys.executable
-LAUNCHES = {
-    "python": [PYTHON, "train.py"],
-    "train.sh, 2 ranks": ["bash", "scripts/train.sh"],
-    "torchrun, 3 ranks": [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "train.py"],
-}
 SLICE = ["--dtype", "float64", "--epochs", "2", "--train-examples", "1003", "--batch-size", "128", "--log-every", "3"]
-
-
-def launch(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a launch to its end, each rank on one thread, on the CPU."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VIRTUAL_ENV": sys.prefix, **environ}
-    command = [*how, *flags, "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without the clock's."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
 @pytest.fixture(scope="module")

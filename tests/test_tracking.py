@@ -1,0 +1,323 @@
+"""W&B: every row arrives or stays on disk, no start waits, no fault ends a training, every end is told truly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loop.wandb_tracker import count_rows
+from tests.launches import LAUNCHES, launch, rows_of, start
+from tests.wandb_reader import read_run
+from tests.wandb_stub import KEY, WandbStub
+
+ONE, TWO = LAUNCHES["python"], LAUNCHES["train.sh, 2 ranks"]
+SHORT = ["--epochs", "2", "--train-examples", "900", "--batch-size", "100", "--log-every", "4"]
+LONG = ["--epochs", "100000", "--train-examples", "900", "--batch-size", "100", "--log-every", "1"]
+
+
+def only_run(out: Path) -> Path:
+    """The one run under `out`."""
+    (run,) = out.iterdir()
+    return run
+
+
+def wandb_folder(run: Path) -> Path:
+    """The one folder that W&B has written for a run."""
+    (folder,) = (path for path in (run / "wandb").glob("*run-*") if path.is_dir() and not path.is_symlink())
+    return folder
+
+
+def without_clock(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith(("_", "time/", "last_step"))}
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of two ranks, tracked offline: its folder and what it said."""
+    out = tmp_path_factory.mktemp("offline")
+    flags = ["--group", "study", "--tags", "a", "b", "--notes", "a remark", "--wandb", "offline", "--tail", "ragged"]
+    done = launch(TWO, out, *SHORT, *flags)
+    assert done.returncode == 0, done.stderr
+    return only_run(out), done.stdout
+
+
+def test_an_offline_run_holds_every_row_of_metrics_jsonl(offline: tuple[Path, str]) -> None:
+    run, _ = offline
+    stored = read_run(wandb_folder(run))
+    *rows, picture = stored["history"]
+    assert [without_clock(row) for row in rows] == rows_of(run)
+    assert picture["curves"]["_type"] == "image-file"
+
+
+def test_the_rows_of_two_ranks_are_one_processs(offline: tuple[Path, str], tmp_path: Path) -> None:
+    done = launch(ONE, tmp_path, *SHORT, "--tail", "ragged")
+    assert done.returncode == 0, done.stderr
+    for row in (r for r in (only_run(tmp_path), offline[0])):
+        assert len(rows_of(row)) == 6
+    for plain, ours in zip(rows_of(only_run(tmp_path)), rows_of(offline[0]), strict=True):
+        for key in plain.keys() - {"step/n_min", "step/n_max"}:
+            assert ours[key] == pytest.approx(plain[key], rel=1e-5), key
+
+
+def test_an_offline_run_holds_config_summary_table_model_and_exit_code(offline: tuple[Path, str]) -> None:
+    run, _ = offline
+    stored, config = read_run(wandb_folder(run)), json.loads((run / "config.json").read_text())
+    assert {key: stored["config"][key] for key in config} == config
+    assert (stored["run"]["name"], stored["run"]["group"]) == (run.name, "study")
+    assert (stored["run"]["job_type"], stored["run"]["notes"]) == ("train", "a remark")
+    assert set(stored["run"]["tags"]) == {"a", "b"}
+    assert stored["exit_code"] == 0
+    assert all(rule["step"] == "examples" for name, rule in stored["metrics"].items() if name != "examples")
+    epochs = [row for row in rows_of(run) if "train/loss" in row]
+    assert stored["summary"]["train/loss"] == {
+        "min": min(r["train/loss"] for r in epochs),
+        "last": epochs[-1]["train/loss"],
+    }
+    assert stored["summary"]["test/acc"]["max"] == max(r["test/acc"] for r in epochs)
+    assert (f"model-{run.name}", "model", ["latest", "best"]) in stored["artifacts"]
+    (table,) = (wandb_folder(run) / "files").rglob("last_step*.table.json")
+    assert json.loads(table.read_text())["data"] == [[0, 0, 50, 1.0], [1, 0, 50, 1.0]]
+
+
+def test_a_run_says_its_mode_its_reason_and_how_to_sync(offline: tuple[Path, str]) -> None:
+    run, said = offline
+    assert said.splitlines()[1] == "W&B: offline (--wandb offline)"
+    assert said.splitlines()[-1] == f"W&B: to send this run: wandb sync {wandb_folder(run)}"
+
+
+def test_disabled_imports_no_wandb(tmp_path: Path) -> None:
+    code = (
+        "import sys, train; sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "try: train.main()\nexcept SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' in sys.modules and 'wandb' not in sys.modules"
+    )
+    done = launch([sys.executable, "-c", code], tmp_path, *SHORT, "--wandb", "disabled", WANDB_MODE="online")
+    assert done.returncode == 0, done.stderr
+    assert "W&B" not in done.stdout
+
+
+def wait_for_rows(out: Path, count: int, seconds: float = 60) -> Path:
+    """Wait until the one run under `out` has so many rows; return its folder."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for rows in out.glob("*/metrics.jsonl"):
+            if rows.read_bytes().count(b"\n") >= count:
+                return rows.parent
+        time.sleep(0.05)
+    return pytest.fail(f"no {count} rows within {seconds} s")
+
+
+def test_with_no_key_a_run_starts_training_within_two_seconds_more(tmp_path: Path) -> None:
+    def seconds_to_first_row(mode: str) -> float:
+        began = time.monotonic()
+        environ = {"HOME": str(tmp_path), "WANDB_MODE": ""}  # no netrc, no settings
+        process = start(ONE, tmp_path / mode, *LONG, "--wandb", mode, **environ)
+        wait_for_rows(tmp_path / mode, 1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return time.monotonic() - began
+
+    assert seconds_to_first_row("auto") - seconds_to_first_row("disabled") < 2
+
+
+# --- online, against a stand-in for the service ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub() -> Iterator[WandbStub]:
+    with WandbStub() as server:
+        yield server
+        assert not server.unknown
+
+
+def keyed(url: str) -> dict[str, str]:
+    """The environment of someone who is logged in at `url`."""
+    return {"WANDB_MODE": "", "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY}
+
+
+def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_path: Path) -> None:
+    done = launch(TWO, tmp_path, *SHORT, "--group", "study", **keyed(stub.url))
+    assert done.returncode == 0, done.stderr
+    assert "W&B: online (logged in)" in done.stdout
+    run = only_run(tmp_path)
+    ((name, arrived),) = stub.runs.items()
+    assert name == json.loads((run / "config.json").read_text())["wandb_id"]
+    assert done.stdout.splitlines()[-1].endswith(f"/ent/chapter3-data-parallel/runs/{name}")
+    assert [without_clock(row) for row in arrived["history"][:-1]] == rows_of(run)
+    assert (arrived["exit_code"], arrived["groupName"], arrived["displayName"]) == (0, "study", run.name)
+    assert any(artifact["artifactCollectionNames"] == [f"model-{run.name}"] for artifact in stub.artifacts.values())
+    assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("status", [401, 403, 500, 503])
+@pytest.mark.parametrize("operation", ["Viewer", "UpsertBucket"])
+def test_a_refusing_server_means_offline_within_half_a_minute(
+    stub: WandbStub, tmp_path: Path, status: int, operation: str
+) -> None:
+    stub.fail = lambda kind, op: status if op == operation else None
+    assert_offline_in_time(tmp_path, keyed(stub.url))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_server_that_is_down_or_never_answers_means_offline_within_half_a_minute(
+    tmp_path: Path, silent: bool
+) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if silent:
+            server.listen(64)
+        assert_offline_in_time(tmp_path, keyed(f"http://127.0.0.1:{server.getsockname()[1]}"))
+
+
+def assert_offline_in_time(out: Path, environ: dict[str, str]) -> None:
+    began = time.monotonic()
+    done = launch(ONE, out, *SHORT, **environ)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 40, "30 s, and the training"
+    assert done.stdout.startswith("W&B: offline (")
+    run = only_run(out)
+    synced = done.stdout.splitlines()[-1].removeprefix("W&B: to send this run: wandb sync ")
+    assert [without_clock(row) for row in read_run(synced)["history"][:-1]] == rows_of(run)
+
+
+def test_online_that_is_not_to_be_had_fails_at_once_with_the_reason(stub: WandbStub, tmp_path: Path) -> None:
+    stub.fail = lambda kind, op: 401
+    began = time.monotonic()
+    done = launch(ONE, tmp_path / "out", "--wandb", "online", **keyed(stub.url))
+    assert done.returncode == 2
+    assert time.monotonic() - began < 20
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: --wandb online is not to be had: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_kept_offline_is_sent_by_the_command_it_prints(
+    stub: WandbStub, offline: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, said = offline
+    command = said.splitlines()[-1].removeprefix("W&B: to send this run: ")
+    env = os.environ | keyed(stub.url) | {"HOME": str(tmp_path)}
+    env.pop("WANDB_MODE")
+    subprocess.run([sys.executable, "-m", *command.split()], env=env, check=True, timeout=60, capture_output=True)
+    (arrived,) = stub.runs.values()
+    assert [without_clock(row) for row in arrived["history"][:-1]] == rows_of(run)
+
+
+def test_a_server_that_dies_in_mid_run_costs_no_row(tmp_path: Path) -> None:
+    with WandbStub() as stub:
+        process = start(ONE, tmp_path, *LONG, **keyed(stub.url))
+        wait_for_rows(tmp_path, 50)
+        stub.fail = lambda kind, op: 503
+        run = wait_for_rows(tmp_path, 200)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert time.monotonic() - began < 30
+    assert "W&B: not everything arrived; to send it: wandb sync --no-skip-online" in stdout
+    assert len(read_run(wandb_folder(run))["history"]) == len(rows_of(run))
+
+
+def test_the_background_service_killed_in_mid_run_does_not_end_the_training(tmp_path: Path) -> None:
+    process = start(ONE, tmp_path, *SHORT[2:], "--epochs", "60", WANDB_MODE="offline")
+    run = wait_for_rows(tmp_path, 5)
+    services = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "wandb-core"], capture_output=True, text=True)
+    for pid in services.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert services.stdout, "there is a service to kill"
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "W&B failed, training goes on" in stderr
+    assert "metrics.jsonl is" in stderr
+    assert len([row for row in rows_of(run) if "train/loss" in row]) == 60
+
+
+def test_rows_lost_by_w_and_b_are_counted(offline: tuple[Path, str], tmp_path: Path) -> None:
+    folder = wandb_folder(offline[0])
+    (stored,) = folder.glob("*.wandb")
+    torn = tmp_path / "run-x.wandb"
+    torn.write_bytes(stored.read_bytes()[: stored.stat().st_size // 3])
+    whole, part = count_rows(folder), count_rows(tmp_path)
+    assert whole == len(read_run(folder)["history"])
+    assert part is None or part < whole
+
+
+def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
+    flags = ["--net", "mlp", "--lr", "1e30", "--wandb", "offline"]
+    done = launch(ONE, tmp_path, *SHORT, *flags)
+    stored = read_run(wandb_folder(only_run(tmp_path)))
+    ((title, text, _),) = stored["alerts"]
+    assert title == "The loss is not finite"
+    assert "--reduction mean, lr 1e+30" in text
+    assert done.returncode == 0
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("target", ["one process", "rank 0 of 2", "rank 1 of 2"])
+def test_a_signal_stops_all_ranks_with_every_row_on_disk(tmp_path: Path, target: str, signum: int) -> None:
+    two = target != "one process"
+    process = start(TWO if two else ONE, tmp_path, *LONG, WANDB_MODE="offline")
+    run = wait_for_rows(tmp_path, 30)
+    os.kill(rank_pids(process.pid)[int(target[5])] if two else process.pid, signum)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert process.returncode == (128 + signum if not two else process.returncode) != 0
+    assert "train.py: stopped by SIG" in stderr
+    stored = read_run(wandb_folder(run))
+    assert stored["exit_code"] in (128 + signum, 143), "whoever was not signalled itself reports SIGTERM"
+    assert [without_clock(row) for row in stored["history"]] == rows_of(run)
+
+
+def rank_pids(launcher: int) -> list[int]:
+    """The process ids of a launcher's ranks, in rank order."""
+    ranks = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                environ = dict(
+                    pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair
+                )
+            except OSError:
+                continue
+            if b"train.py" in command and b"RANK" in environ and os.getsid(int(entry.name)) == launcher:
+                ranks[int(environ[b"RANK"])] = int(entry.name)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def test_killed_outright_a_run_loses_a_second_at_most(tmp_path: Path) -> None:
+    process = start(ONE, tmp_path, *LONG, WANDB_MODE="offline")
+    run = wait_for_rows(tmp_path, 30)
+    time.sleep(1.5)
+    before = len(rows_of(run))
+    time.sleep(1.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(read_run(wandb_folder(run))["history"]) >= before
+    for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]:
+        json.loads(line)
+
+
+def test_a_rank_that_dies_leaves_rank_0s_rows_and_a_failed_run(tmp_path: Path) -> None:
+    process = start(TWO, tmp_path, *LONG, WANDB_MODE="offline")
+    run = wait_for_rows(tmp_path, 30)
+    os.kill(rank_pids(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=90)
+    assert process.returncode != 0
+    stored = read_run(wandb_folder(run))
+    assert stored["exit_code"] not in (0, None), "marked failed"
+    assert [without_clock(row) for row in stored["history"]] == rows_of(run)
