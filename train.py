@@ -20,7 +20,7 @@ import sys
 
 from loop.config import Config, InputError, parse
 from loop.fetch import provide
-from loop.launch import launched_local_rank, launched_world_size, make_accelerator
+from loop.launch import count_gpus, launched_local_rank, launched_rank, launched_world_size, make_accelerator
 
 
 def main() -> None:
@@ -32,8 +32,9 @@ def main() -> None:
         examples = config.training_size(provide(config, fetching=speaks))
         shards = config.shards(examples, launched_world_size())
         if not config.check:
-            train(config)
-        elif speaks:
+            sys.exit(train(config))  # the process's end is its group's
+        check(config)
+        if speaks:
             print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
     except InputError as error:
         if speaks:
@@ -41,8 +42,21 @@ def main() -> None:
         sys.exit(2)
 
 
-def train(config: Config) -> None:
-    """Join the ranks and train, as the flags say; leave the run's folder behind."""
+def check(config: Config) -> None:
+    """Check what takes an import of torch, or a server's answer, where the flags ask for it."""
+    if config.mixed_precision == "fp16":
+        count_gpus(config)
+    if config.wandb == "online":
+        from loop.wandb_tracker import choose_mode
+
+        choose_mode(config)
+
+
+def train(config: Config) -> int:
+    """Join the ranks, train as the flags say, leave the run's folder behind; return the exit code.
+
+    May be called again in the same process, whose group of ranks it leaves standing.
+    """
     import torch  # not before the flags are known to be good: it takes seconds
     from safetensors.torch import save_file
     from torch import nn
@@ -52,19 +66,25 @@ def train(config: Config) -> None:
     from loop.book import CURVES, train_ch3
     from loop.data import EvalBatches, TrainBatches, load
     from loop.nets import make_net
-    from loop.tracking import JsonlTracker, RunLog, describe, write_json
+    from loop.runlog import RunLog
+    from loop.stopping import Stopped, StopSignal
+    from loop.tracking import JsonlTracker, describe, finish, write_json
     from loop.updater import make_updater
+    from loop.wandb_tracker import choose_mode, make_tracker
 
     train_split, test_split = load(config)
-    tracker = JsonlTracker(config)
-    accelerator = make_accelerator(config, trackers=[tracker])
+    jsonl = JsonlTracker(config)
+    trackers = [jsonl]
+    if launched_rank() == 0:
+        trackers += make_tracker(config, choose_mode(config), jsonl)
+    accelerator = make_accelerator(config, trackers)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     shards = config.shards(len(train_split.labels), world_size)
     accelerator.init_trackers("", describe(config, shards, accelerator))
     animator = None
     if accelerator.is_main_process:
-        print(console.opening(config, shards, device, tracker.folder), flush=True)
-        animator = Animator("epoch", xlim=(1, max(config.epochs, 2)), legend=CURVES, path=tracker.folder / "curves.png")
+        print(console.opening(config, shards, device, jsonl.folder), flush=True)
+        animator = Animator("epoch", xlim=(1, max(config.epochs, 2)), legend=CURVES, path=jsonl.folder / "curves.png")
 
     torch.manual_seed(config.seed)
     dtype = getattr(torch, config.dtype)
@@ -72,20 +92,36 @@ def train(config: Config) -> None:
     train_iter = TrainBatches(train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype)
     test_iter = EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
     loss = nn.CrossEntropyLoss(reduction="none")
-    log = RunLog(accelerator, config, shards, net, animator)
-    updater = make_updater(accelerator, net, config, log.on_gradient)
 
-    train_ch3(
-        net, train_iter, test_iter, loss, config.epochs, updater, after_cell=log.after_cell, after_epoch=log.after_epoch
-    )
-
-    log.close()
-    if animator:
-        animator.save()
-        save_file(accelerator.unwrap_model(net).state_dict(), tracker.folder / "model.safetensors")
-        write_json(tracker.folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
-        print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
-    accelerator.end_training()
+    exit_code = 1
+    with StopSignal(last_resort=lambda code: finish(accelerator, code)) as stop:
+        log = RunLog(accelerator, config, shards, net, stop, animator)
+        updater = make_updater(accelerator, net, config, log.on_gradient)
+        try:
+            train_ch3(
+                net,
+                train_iter,
+                test_iter,
+                loss,
+                config.epochs,
+                updater,
+                after_cell=log.after_cell,
+                after_epoch=log.after_epoch,
+            )
+            if animator:
+                animator.save()
+                save_file(accelerator.unwrap_model(net).state_dict(), jsonl.folder / "model.safetensors")
+                write_json(jsonl.folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
+                print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
+            exit_code = 0
+        except Stopped as stopped:
+            exit_code = stopped.exit_code
+            if accelerator.is_main_process:
+                print(f"train.py: {stopped} after step {log.step}; its rows are in {jsonl.folder}", file=sys.stderr)
+        finally:
+            log.close()
+            finish(accelerator, exit_code)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -68,7 +69,9 @@ class Animator:
         from IPython import display
 
         display.clear_output(wait=True)
-        display.display(self._figure())
+        picture = io.BytesIO()
+        self._figure().savefig(picture, format="png", dpi=100)
+        display.display(display.Image(picture.getvalue()))
 
     def _figure(self) -> Figure:
         from matplotlib.figure import Figure  # half a second: only who draws pays; and no pyplot, so no global state

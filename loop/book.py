@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.animator import Animator
 
+Net = nn.Module | Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[Any]  # of (X, y), or of (X, y, cell)
 
@@ -121,7 +122,7 @@ class Epoch(NamedTuple):
 
 
 def train_epoch_ch3(
-    net: nn.Module,
+    net: Net,
     train_iter: Batches,
     loss: Loss,
     updater: Any,
@@ -132,7 +133,8 @@ def train_epoch_ch3(
     updater: a torch optimiser, a function of the batch size, or an `Updater`.
     after_cell: called as after_cell(cell, loss sum, correct, examples) after each cell, for logging.
     """
-    net.train()
+    if isinstance(net, nn.Module):
+        net.train()
     updater = updater if hasattr(updater, "backward") else BookUpdater(updater)
     metric = Accumulator(3)  # loss sum, correct predictions, examples
     for X, y, *cell in train_iter:
@@ -150,12 +152,13 @@ def train_epoch_ch3(
     return metric[0] / metric[2], metric[1] / metric[2]
 
 
-def evaluate(net: nn.Module, data_iter: Batches, loss: Loss | None = None) -> tuple[float, float]:
+def evaluate(net: Net, data_iter: Batches, loss: Loss | None = None) -> tuple[float, float]:
     """Return (loss per example, share correct) over all of data_iter; with a DDP net, of every rank's data_iter.
 
     Sums over examples, not means over batches, so shares of unequal size weigh as they should.
     """
-    net.eval()
+    if isinstance(net, nn.Module):
+        net.eval()
     module = net.module if isinstance(net, DistributedDataParallel) else net
     metric = Accumulator(3)
     with torch.inference_mode():
@@ -167,13 +170,13 @@ def evaluate(net: nn.Module, data_iter: Batches, loss: Loss | None = None) -> tu
     return metric[0] / metric[2], metric[1] / metric[2]
 
 
-def evaluate_accuracy(net: nn.Module, data_iter: Batches) -> float:
+def evaluate_accuracy(net: Net, data_iter: Batches) -> float:
     """Return the share of correct predictions (d2l 3.6.4)."""
     return evaluate(net, data_iter)[1]
 
 
 def train_ch3(
-    net: nn.Module,
+    net: Net,
     train_iter: Batches,
     test_iter: Batches,
     loss: Loss,

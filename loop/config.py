@@ -6,6 +6,7 @@ Imports no torch, so that `--help` and `--check` answer at once.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,12 +83,12 @@ class Config:
     """A remark to keep with the run."""
     log_every: int = 50
     """Steps between step rows in metrics.jsonl."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
-    """Weights & Biases. Only `disabled` is available yet."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases. auto: as WANDB_MODE says, else online if logged in and the server answers, else offline."""
     wandb_project: str | None = None
-    """Project in Weights & Biases."""
+    """Project in Weights & Biases. Default: WANDB_PROJECT, or chapter3-data-parallel."""
     wandb_entity: str | None = None
-    """User or team in Weights & Biases."""
+    """User or team in Weights & Biases. Default: yours."""
     check: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Validate everything that one process can validate, fetch the data if need be, then exit."""
 
@@ -101,15 +102,22 @@ class Config:
     def effective_lr(self, sizes: Sequence[int], world_size: int) -> float:
         """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
 
-        sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank.
+        sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank. Where the scratch updater's
+        ranks differ, it is rank 0's.
         """
         weights = example_weights(self.reduction, self.normalize, sizes)
         length = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-        if self.updater == "torch":
-            return self.learning_rate * length
-        n_last = sizes[-world_size]  # of rank 0
-        divisor = sgd_batch_size(self.reduction, self.normalize, n_last=n_last, n_global=sum(sizes))
+        divisor = self.divisors(sizes, world_size)[0]
         return self.learning_rate * length / divisor if divisor else 0.0
+
+    def divisors(self, sizes: Sequence[int], world_size: int) -> list[int]:
+        """Return what each rank's updater divides the gradient by: torch's by 1; 0 stands for no update."""
+        if self.updater == "torch":
+            return [1] * world_size
+        n = sum(sizes)
+        return [
+            sgd_batch_size(self.reduction, self.normalize, n_last=n_last, n_global=n) for n_last in sizes[-world_size:]
+        ]
 
     def shards(self, examples: int, world_size: int) -> Shards:
         """Return the epoch's plan for so many training examples; raises InputError where there is none."""
@@ -147,9 +155,14 @@ class Config:
         self.refuse_existing_run()
 
     def refuse_existing_run(self) -> None:
-        """Raise InputError if --out is no folder, or the run that --run-name names exists already."""
-        _refuse(self.out.exists() and not self.out.is_dir(), f"--out {self.out} is not a folder")
-        taken = self.run_name is not None and (self.out / self.run_name).exists()
+        """Raise InputError if --out cannot hold a run, or the run that --run-name names exists already."""
+        try:
+            taken = self.run_name is not None and (self.out / self.run_name).exists()
+            there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        except OSError as error:
+            raise InputError(f"--out {self.out}: cannot be used: {error.strerror}") from None
+        _refuse(not there.is_dir(), f"--out {self.out}: {there} is not a folder")
+        _refuse(not os.access(there, os.W_OK), f"--out {self.out}: {there} cannot be written to")
         _refuse(taken, f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name")
 
     def _refuse_contradictions(self) -> None:
@@ -177,7 +190,6 @@ class Config:
             self.cpu and self.mixed_precision == "fp16",
             "--mixed-precision fp16 needs a GPU (on a CPU it would silently train in float32): use bf16, or no --cpu",
         )
-        _refuse(self.wandb != "disabled", f"--wandb {self.wandb} is not available yet: use --wandb disabled")
 
 
 def parse(args: list[str] | None = None, *, quiet: bool = False) -> Config:

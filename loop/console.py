@@ -18,9 +18,9 @@ def opening(config: Config, shards: Shards, device: object, folder: Path) -> str
     lines = [
         f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} x {len(shards.steps)} steps",
         f"{shards.world_size} rank(s) on {device}, {config.dtype}, mixed precision {config.mixed_precision}",
-        f"a step: {full.n_global} examples in {shards.cells} cell(s) of {sizes_in_words(full.sizes)}"
+        f"a step: {full.n_global} examples in {shards.cells} cell(s): {sizes_in_words(full.sizes)}"
         + (f", {config.accumulate} micro-batches a rank" if config.accumulate > 1 else ""),
-        f"an epoch's last step (--tail {config.tail}): {last.n_global} in cells of {sizes_in_words(last.sizes)}",
+        f"an epoch's last step (--tail {config.tail}): {last.n_global} examples: {sizes_in_words(last.sizes)}",
         f"--reduction {config.reduction} --normalize {config.normalize}, "
         + (f"{config.optimizer}" if config.updater == "torch" else "the book's scratch sgd")
         + f", lr {config.learning_rate:g}",
@@ -43,24 +43,30 @@ def results(summary: Mapping[str, float], skipped_steps: int) -> str:
 
 def last_batch(config: Config, shards: Shards) -> str:
     """Return one plain sentence on what the all-reduce did to the epoch's last batch."""
-    sizes = shards.steps[-1].sizes
+    sizes, ranks = shards.steps[-1].sizes, shards.world_size
     n, census = sum(sizes), shards.census
-    cells = [
-        (size, weight * n)
-        for size, weight in zip(sizes, example_weights(config.reduction, config.normalize, sizes), strict=True)
-        if size
-    ]
-    (smallest, its_weight), (largest, other_weight) = min(cells), max(cells)
-    repeated = f" ({census.duplicated} of them for the second time)" if census.duplicated else ""
-    averaged = "one cell, nothing to average"
-    if shards.cells > 1:
-        averaged = f"{shards.cells} cells ({sizes_in_words(sizes)}) were averaged"
-    dropped = f"; {census.missing} examples of the epoch were never seen" if census.missing else ""
-    return (
-        f"An epoch's last step took {n} example(s){repeated}: {averaged}, so an example weighed {its_weight:.4g}/n in "
-        f"the smallest cell ({smallest}) and {other_weight:.4g}/n in the largest ({largest}); effective learning rate "
-        f"{config.effective_lr(sizes, shards.world_size):.4g} (--lr {config.learning_rate:g}){dropped}."
+    weights = example_weights(config.reduction, config.normalize, sizes)
+    divisors = config.divisors(sizes, ranks)
+    cells = [(size, weight * n / (divisors[0] or 1)) for size, weight in zip(sizes, weights, strict=True) if size]
+    (smallest, light), (largest, heavy) = min(cells), max(cells)
+
+    dealt = (
+        f"in {shards.cells} cells ({sizes_in_words(sizes)}), which were averaged" if shards.cells > 1 else "in one cell"
     )
+    weighed = f"an example weighed {light:.4g}/n"
+    if light != heavy:
+        weighed += f" in the smallest cell ({smallest}) and {heavy:.4g}/n in the largest ({largest})"
+    elif shards.cells > 1:
+        weighed += " in every cell"
+    text = f"An epoch's last step took {n} example(s) {dealt}: {weighed}, "
+    text += f"effective learning rate {config.effective_lr(sizes, ranks):.4g} (--lr {config.learning_rate:g})"
+    if len(set(divisors)) > 1:
+        text += f"; so on rank 0, but the ranks divided by {sizes_in_words(divisors)}, and drifted apart"
+    if census.duplicated:
+        text += f"; {census.duplicated} of the examples had been seen before"
+    if census.missing:
+        text += f"; {census.missing} examples of the epoch were never seen"
+    return text + "."
 
 
 def sizes_in_words(sizes: Sequence[int]) -> str:

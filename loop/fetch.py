@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -70,15 +71,20 @@ def fetch_fashion_mnist(data_dir: Path) -> None:
     Safe to call from several jobs at once: one works, the others wait. Raises InputError when every source fails.
     """
     raw = raw_folder(data_dir)
+    if (raw.parent / "processed").exists():
+        raise InputError(
+            f"--data-dir {data_dir}: {raw.parent / 'processed'}, of an old torchvision, would be read in place of the "
+            "verified files: remove it"
+        )
     if _remembered(raw):
         return
-    if not any(_problems(raw).values()) and not os.access(raw, os.W_OK):
+    if not os.access(raw, os.W_OK) and not _problems(raw):
         return  # a good read-only copy: nothing to do, and nowhere to remember it
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir):
             if not _remembered(raw):
-                _fetch(raw)
+                _fetch(raw, _problems(raw))
     except OSError as error:
         raise InputError(f"--data-dir {data_dir}: cannot keep Fashion-MNIST there: {error}") from None
 
@@ -86,7 +92,7 @@ def fetch_fashion_mnist(data_dir: Path) -> None:
 def wait_for_fashion_mnist(data_dir: Path, idle_s: float = 60) -> None:
     """Wait while another process of this machine fetches; raises InputError if, for `idle_s` seconds, none does."""
     raw, idle_since = raw_folder(data_dir), time.monotonic()
-    while not _remembered(raw) and any(_problems(raw).values()):
+    while not _remembered(raw) and _problems(raw):
         try:
             FileLock(_lock_path(data_dir)).acquire(timeout=0).lock.release()
         except Timeout:
@@ -98,10 +104,10 @@ def wait_for_fashion_mnist(data_dir: Path, idle_s: float = 60) -> None:
         time.sleep(0.2)
 
 
-def _fetch(raw: Path) -> None:
-    """Try the sources in turn; the caller holds the lock."""
-    for name, problem in _problems(raw).items():
-        if problem and (raw / name).exists():
+def _fetch(raw: Path, problems: dict[str, str]) -> None:
+    """Try the sources in turn, for the files with problems; the caller holds the lock."""
+    for name, problem in problems.items():
+        if (raw / name).exists():
             _say(f"{raw / name} {problem}: fetching it again")
     sources: list[tuple[str, Callable[[Path], Path]]] = [
         (f"--data-dir, {raw}", lambda _: raw),
@@ -109,13 +115,13 @@ def _fetch(raw: Path) -> None:
         ("torchvision's download", _torchvision_download),
         (f"the Debian/Ubuntu package {DEBIAN_PACKAGE}", _debian_package),
     ]
+    for abandoned in raw.parent.glob(".fetch-*"):  # by a fetch that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
     failures = []
     for description, source in sources:
-        for abandoned in raw.parent.glob(".fetch-*"):  # of a fetch that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".fetch-", ignore_cleanup_errors=True) as scratch:
             try:
-                _install(source(Path(scratch)), raw)
+                _install(source(Path(scratch)), raw, list(problems))
             except UnavailableError as reason:
                 failures.append(f"  {description}: {reason}")
                 continue
@@ -130,9 +136,9 @@ def _fetch(raw: Path) -> None:
     )
 
 
-def _install(folder: Path, raw: Path) -> None:
-    """Move what `raw` lacks from `folder`, plain or .gz, verifying each file before it takes its name."""
-    for name in (name for name, problem in _problems(raw).items() if problem):
+def _install(folder: Path, raw: Path, names: list[str]) -> None:
+    """Copy the named files from `folder`, plain or .gz, verifying each before it takes its name in `raw`."""
+    for name in names:
         reasons = []
         for path in (folder / name, folder / f"{name}.gz"):
             try:
@@ -166,7 +172,7 @@ def _torchvision_download(scratch: Path) -> Path:
         from torchvision.datasets import FashionMNIST
 
         FashionMNIST(str(scratch), download=True)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, HTTPException) as error:
         raise UnavailableError(" ".join(str(error).split())) from None
     finally:
         socket.setdefaulttimeout(patience)
@@ -186,8 +192,8 @@ def _debian_package(scratch: Path) -> Path:
         apt_get += ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch}"]
         _run([*apt_get, "update"], scratch)
         _run([*apt_get, "download", DEBIAN_PACKAGE], scratch)
-    (package,) = scratch.glob("*.deb")
-    _run(["dpkg-deb", "-x", package.name, "unpacked"], scratch)
+    for package in scratch.glob("*.deb"):
+        _run(["dpkg-deb", "-x", package.name, "unpacked"], scratch)
     return scratch / "unpacked" / SYSTEM_FOLDER.relative_to("/")
 
 
@@ -198,7 +204,7 @@ def _run(command: list[str], folder: Path) -> None:
             command,
             cwd=folder,
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,
+            stdout=2,  # its progress, beside our own messages
             stderr=subprocess.PIPE,
             text=True,
             timeout=600,
@@ -210,17 +216,18 @@ def _run(command: list[str], folder: Path) -> None:
         raise UnavailableError(errors[-1] if errors else f"`{' '.join(command)}` ended with {done.returncode}")
 
 
-def _problems(raw: Path) -> dict[str, str | None]:
-    """Return, for each of the four files, what is wrong with it, or None."""
-
-    def problem(name: str) -> str | None:
+def _problems(raw: Path) -> dict[str, str]:
+    """Return what is wrong with each file that is not as it should be."""
+    problems = {}
+    for name in SHA256:
         try:
             with (raw / name).open("rb") as file:
-                return _mismatch(name, hashlib.file_digest(file, "sha256").hexdigest())
+                problem = _mismatch(name, hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
-            return f"cannot be read ({error.strerror})"
-
-    return {name: problem(name) for name in SHA256}
+            problem = f"cannot be read ({error.strerror})"
+        if problem:
+            problems[name] = problem
+    return problems
 
 
 def _mismatch(name: str, digest: str) -> str | None:

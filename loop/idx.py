@@ -25,11 +25,13 @@ def read_idx(folder: Path, name: str, dims: int) -> tuple[tuple[int, ...], bytes
     Raises InputError, naming the file, if it is missing, unreadable, not of `dims` dimensions of unsigned bytes, or
     longer or shorter than its header says.
     """
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
-    if path is None:
-        raise InputError(f"--dataset {folder}: no file {name} or {name}.gz")
+    path = folder / name
     try:
+        if not path.exists():
+            path = folder / f"{name}.gz"
         content = read_plain_or_gz(path)
+    except FileNotFoundError:
+        raise InputError(f"--dataset {folder}: no file {name} or {name}.gz") from None
     except UNREADABLE as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     header = 4 + 4 * dims

@@ -28,7 +28,7 @@ def launched_world_size() -> int:
 
 
 def launched_rank() -> int:
-    """Return this process's rank over all machines, known before any process group exists."""
+    """Return this process's rank over all machines."""
     return _from_environment(RANK, 0)
 
 
@@ -37,31 +37,39 @@ def launched_local_rank() -> int:
     return _from_environment(LOCAL_RANK, 0)
 
 
-def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
-    """Join the ranks and return their Accelerator.
-
-    Raises InputError where the launcher's processes would each train alone, where ranks outnumber the GPUs, and for
-    fp16 without a GPU.
-    """
+def count_gpus(config: Config) -> int:
+    """Return how many GPUs this machine's ranks may use; raises InputError where the flags or the ranks need more."""
     import torch
-    from accelerate import Accelerator
 
     gpus = 0 if config.cpu else torch.cuda.device_count()
     if config.mixed_precision == "fp16" and not gpus:
         raise InputError("--mixed-precision fp16 needs a GPU, and there is none: use bf16")
     if 0 < gpus <= launched_local_rank():
         raise InputError(f"more ranks than the {gpus} GPU(s) of this machine: start {gpus}, or train with --cpu")
+    return gpus
+
+
+def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
+    """Join the ranks and return their Accelerator.
+
+    Raises InputError where the launcher's processes would each train alone or cannot be joined, and as `count_gpus`.
+    """
+    from accelerate import Accelerator
+
     if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise InputError(
-            "`accelerate launch` was asked for several processes and started one, "
-            f"as it does with --cpu and in MULTI_CPU configurations: {HOW_TO_LAUNCH}"
+            "`accelerate launch` seems to have been asked for several processes and started one, as it does with --cpu "
+            f"and in MULTI_CPU configurations: {HOW_TO_LAUNCH}. (If one is what you want: unset MASTER_PORT.)"
         )
-    accelerator = Accelerator(
-        cpu=not gpus,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulate,
-        log_with=trackers,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=count_gpus(config) == 0,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=trackers,
+        )
+    except ValueError as error:  # InputError among them
+        raise InputError(str(error)) from None
     if accelerator.num_processes != launched_world_size():
         raise InputError(
             f"the launcher started {launched_world_size()} processes, but they do not see each other: each would train "

@@ -73,7 +73,7 @@ def cell_loss(
     return losses.sum() * scale
 
 
-def global_count(local: Count, device: torch.device | str = "cpu") -> torch.Tensor:
+def global_count(local: Count, device: torch.device | str) -> torch.Tensor:
     """Sum a count over all ranks: the one tiny all-reduce a step needs when no sampler knows n.
 
     local: this rank's examples, tokens or summed weights over *all* micro-batches of the step. Every rank must call.

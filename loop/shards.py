@@ -52,11 +52,6 @@ class Step:
         """Examples in the step, over all ranks and micro-batches, copies included."""
         return self.offsets[-1]
 
-    @property
-    def uneven(self) -> bool:
-        """Whether two cells differ in size: where `rank` normalisation goes wrong."""
-        return min(self.sizes) != max(self.sizes)
-
 
 class Cell(NamedTuple):
     """One rank's part of one micro-batch of a step."""

@@ -50,7 +50,7 @@ def book(data_dir: Path) -> Epoch:
             optimizer.zero_grad()
             l.backward()
             optimizer.step()
-            sums[0] += float(l) * len(y)
+            sums[0] += float(l.detach()) * len(y)
             sums[1] += float((y_hat.argmax(1) == y).sum())
             sums[2] += len(y)
 
@@ -74,14 +74,14 @@ def bare(split: Split, rank: int, world_size: int) -> Epoch:
             optimizer.zero_grad()
             l.backward()
             optimizer.step()
-            total += float(l) * len(j)
+            total += float(l.detach()) * len(j)
         return total / len(mine)
 
     return epoch
 
 
 def ours(split: Split, accelerator: Accelerator) -> Epoch:
-    """This project's loop, as train.py sets it up."""
+    """This project's loop, as train.py sets it up, but for the log."""
     config = Config(batch_size=BATCH_SIZE)
     net = accelerator.prepare(make_net("softmax"))
     shards = config.shards(len(split.labels), accelerator.num_processes)

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-setup requirements.txt tests/requirements.txt
+setup "$PWD" requirements.txt tests/requirements.txt
 
 "$PYTHON" train.py --check
 exec "$PYTHON" -m pytest "$@"

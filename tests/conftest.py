@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from loop.fetch import fetch_fashion_mnist
 from tests.ranks import World
 from tests.wandb_stub import KEY, WandbStub
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fashion_mnist() -> None:
+    """The real set, fetched where it is not there yet: some tests train on slices of it."""
+    fetch_fashion_mnist(Path("data"))
 
 
 @pytest.fixture(scope="session")

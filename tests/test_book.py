@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,10 +55,14 @@ def test_train_ch3_as_the_scratch_section_calls_it(
     train_iter: DataLoader[tuple[Tensor, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    net = fresh_net()
-    params = list(net.parameters())
+    W = torch.zeros(200, 10, dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+
+    def net(X: Tensor) -> Tensor:
+        return X @ W + b
+
     loss = nn.CrossEntropyLoss(reduction="none")
-    train_ch3(net, train_iter, separable(100, 64), loss, 3, lambda batch_size: sgd(params, 0.5, batch_size))
+    train_ch3(net, train_iter, separable(100, 64), loss, 3, lambda batch_size: sgd([W, b], 0.5, batch_size))
 
 
 def test_train_ch3_insists_on_the_books_thresholds(
@@ -160,3 +166,14 @@ def test_animator_draws_what_was_added(tmp_path: Path) -> None:
     animator.save()
     assert (tmp_path / "c.png").stat().st_size > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
+
+
+def test_animator_shows_a_picture_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bytes] = []
+    kernel = type("ZMQInteractiveShell", (), {})()
+    display = SimpleNamespace(display=shown.append, Image=bytes, clear_output=lambda wait: None)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel, display=display))
+    animator = Animator("epoch")
+    animator.add(1, 0.5)
+    animator.add(2, 0.4)
+    assert [picture[:4] for picture in shown] == [b"\x89PNG"] * 2

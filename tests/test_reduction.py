@@ -51,23 +51,25 @@ def predicted(cells: list[Tensor], reduction: str, normalize: str) -> Tensor:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("tail", ["spread", "ragged"])
+@pytest.mark.parametrize("tail", ["spread", "ragged", "pad"])
 @pytest.mark.parametrize(("reduction", "normalize"), MODES)
 def test_the_applied_gradient_is_the_predicted_one(
     world: Callable[[int], World], reduction: str, normalize: str, tail: str, world_size: int, accumulate: int
 ) -> None:
-    examples = 17  # of a batch of 24: one short step
+    examples = 17  # of a batch of 36: one short step, with idle ranks where cells are filled in order
     config = toy_config(
-        reduction=reduction, normalize=normalize, tail=tail, batch_size=24, accumulate=accumulate, epochs=1
+        reduction=reduction, normalize=normalize, tail=tail, batch_size=36, accumulate=accumulate, epochs=1
     )
-    cells = cells_of(per_example_gradients(config, examples), config.shards(examples, world_size).steps[0].sizes)
+    gradients = per_example_gradients(config, examples)
+    if tail == "pad":
+        gradients = gradients[torch.arange(36) % examples]
+    cells = cells_of(gradients, config.shards(examples, world_size).steps[0].sizes)
     want = predicted(cells, reduction, normalize)
     exact = predicted(cells, reduction, "global")
     for ours in world(world_size).run(train_here, config, examples):
         applied = ours.gradients[0]
         assert (applied - want).norm() / want.norm() < 1e-12
-        error, predicted_error = (applied - exact).norm() / exact.norm(), (want - exact).norm() / exact.norm()
-        assert abs(error - predicted_error) < 1e-12
+        error = (applied - exact).norm() / exact.norm()
         uneven = len({len(cell) for cell in cells}) > 1
         if normalize == "rank" and reduction == "mean" and uneven:
             assert error > 1e-3, "the mean of means must be wrong, and this test able to see it"
@@ -163,7 +165,7 @@ def masked_gradient(accumulate: int, class_weights: Tensor | None, through: str,
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     world_size, rank = accelerator.num_processes, accelerator.process_index
     batches = sequences(rank, accumulate, empty=rank == idle_rank)
-    n = global_count(sum(token_weights(y, class_weights) for _, y in batches))
+    n = global_count(sum(token_weights(y, class_weights) for _, y in batches), "cpu")
     if through == "accelerate":
         net = accelerator.prepare(token_model())
         for x, y in batches:
@@ -200,7 +202,7 @@ def test_masked_losses_are_exact_over_ranks_and_micro_batches(
 
 
 def counted(local: Any) -> Tensor:
-    return global_count(local)
+    return global_count(local, "cpu")
 
 
 def test_global_count_sums_over_ranks_and_leaves_the_callers_tensor(world: Callable[[int], World]) -> None:

@@ -89,7 +89,7 @@ def test_a_run_says_what_the_all_reduce_did(runs: dict[str, tuple[Path, str]]) -
     _, said = runs["train.sh, 2 ranks"]
     assert "2 rank(s) on cpu" in said
     sentence = said.splitlines()[-1]
-    assert "took 107 example(s): 2 cells (64, 43) were averaged" in sentence
+    assert "took 107 example(s) in 2 cells (64, 43), which were averaged: an example weighed 1/n" in sentence
     assert "effective learning rate 0.1 (--lr 0.1)" in sentence
 
 
@@ -107,6 +107,13 @@ def test_a_second_run_of_the_same_mode_gets_a_name_of_its_own(tmp_path: Path) ->
         done = launch(LAUNCHES["python"], tmp_path, "--train-examples", "300", "--epochs", "1", "--accumulate", "2")
         assert done.returncode == 0, done.stderr
     assert {run.name for run in tmp_path.iterdir()} == {"mean-global-spread-w1-b256", "mean-global-spread-w1-b256-2"}
+
+
+def test_an_out_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scratch").symlink_to(tmp_path / "not mounted")
+    done = launch(LAUNCHES["python"], tmp_path / "scratch")
+    assert done.returncode == 2
+    assert "cannot make the run's folder" in done.stderr
 
 
 def test_bf16_accumulation_and_clipping_run_together(tmp_path: Path) -> None:
@@ -132,7 +139,7 @@ def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(tmp_path: 
     how = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py"]
     done = launch(how, tmp_path)
     assert done.returncode != 0
-    assert "was asked for several processes and started one" in done.stderr
+    assert "asked for several processes and started one" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,66 @@
+"""SIGTERM and SIGINT, handled in one place: noted at once, acted on by all ranks together.
+
+A rank that stopped alone would leave the others waiting in their next all-reduce. So a signal is only noted; the next
+log step's reduce carries the note to all ranks, and all stop there. Where that does not happen in time (a peer is dead,
+the steps are long), a thread, which runs even while the main thread waits in a collective, saves what there is and ends
+the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE_S = 15  # torchrun kills 30 s after its SIGTERM
+
+
+class Stopped(Exception):  # noqa: N818  # an end, not an error
+    """All ranks agreed to stop, on a signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class StopSignal:
+    """Notes the first SIGTERM or SIGINT, between `with` and its end.
+
+    last_resort: called, in a thread, with the exit code if the process has not left the `with` GRACE_S seconds after.
+    """
+
+    def __init__(self, last_resort: Callable[[int], None]) -> None:
+        self.last_resort = last_resort
+        self.signum = 0  # the signal noted; 0 for none
+        self.left = threading.Event()
+
+    def __enter__(self) -> StopSignal:
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.old_fd = signal.set_wakeup_fd(self.writer.fileno())
+        self.old_handlers = [signal.signal(signum, self._noted) for signum in SIGNALS]
+        threading.Thread(target=self._watch, name="stop signal", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.left.set()
+        signal.set_wakeup_fd(self.old_fd)
+        for signum, handler in zip(SIGNALS, self.old_handlers, strict=True):
+            signal.signal(signum, handler)
+        self.writer.close()  # ends the thread's wait
+
+    def _noted(self, signum: int, frame: FrameType | None) -> None:
+        """Do nothing: the interpreter has written the signal to the socket, where the thread reads it."""
+
+    def _watch(self) -> None:
+        noted = self.reader.recv(1)
+        if not noted:
+            return
+        self.signum = noted[0]
+        if not self.left.wait(GRACE_S):
+            self.last_resort(128 + self.signum)
+            os._exit(128 + self.signum)

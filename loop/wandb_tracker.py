@@ -1,0 +1,217 @@
+"""Weights & Biases beside metrics.jsonl: never asks, never waits long, never ends a training, says what it lacks.
+
+The order of events is wandb's: a failed online start is torn down before the offline one; `teardown` completes the file
+on disk; a transaction log flushed every second loses at most a second to a SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from accelerate.tracking import GeneralTracker
+
+from loop.config import Config, InputError
+from loop.reduction import example_weights
+from loop.tracking import JsonlTracker
+
+PROJECT = "chapter3-data-parallel"
+REQUEST_S, INIT_S, FINISH_S = 8, 5, 20  # W&B adds up to 13 s of its own to INIT_S
+SUMMARIES = {"train/loss": "min,last", "test/loss": "min,last", "train/acc": "max,last", "test/acc": "max,last"}
+SUMMARIES |= {"step/grad_norm": "max,last", "audit/replica_drift": "max,last", "time/examples_per_s": "max,last"}
+
+
+class Mode(NamedTuple):
+    """How W&B takes part in a run, and why."""
+
+    name: Literal["online", "offline", "disabled"]
+    reason: str
+
+
+def choose_mode(config: Config) -> Mode:
+    """Decide as --wandb says; for `auto` as WANDB_MODE says; else online where a key is good and the server answers.
+
+    Takes 8 s at most, and no time without a key. Raises InputError where --wandb online cannot be had.
+    """
+    asked = os.environ.get("WANDB_MODE", "auto") if config.wandb == "auto" else config.wandb
+    source = "WANDB_MODE" if config.wandb == "auto" else "--wandb"
+    if asked == "disabled":
+        return Mode("disabled", source)
+    if asked in ("offline", "dryrun"):
+        return Mode("offline", f"{source} {asked}")
+    reason = _why_not_online()
+    if reason and config.wandb == "online":
+        raise InputError(f"--wandb online is not to be had: {reason}")
+    return Mode("offline", reason) if reason else Mode("online", "logged in")
+
+
+def _why_not_online() -> str | None:
+    os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(REQUEST_S))
+    import wandb
+
+    if wandb.setup(settings=wandb.Settings(silent=True)).settings.mode == "offline":
+        return "`wandb offline` was called here"
+    try:
+        return (
+            None if wandb.login(prompt=False, verify=True) else "no API key: call `wandb login`, or set WANDB_API_KEY"
+        )
+    except Exception as error:
+        return " ".join(str(error).split())
+
+
+def make_tracker(config: Config, mode: Mode, jsonl: JsonlTracker) -> list[GeneralTracker]:
+    """Return the W&B tracker, or nothing where W&B is disabled."""
+    return [] if mode.name == "disabled" else [WandbTracker(config, mode, jsonl)]
+
+
+class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
+    """The tracker behind Accelerate's `log_with` that writes to W&B; lives on the main process.
+
+    jsonl: the tracker beside it, which makes the run's folder and holds every row.
+    exit_code: what `finish` reports; to be set before where the run has not succeeded.
+    """
+
+    name = "wandb"
+    requires_logging_directory = False
+
+    def __init__(self, config: Config, mode: Mode, jsonl: JsonlTracker) -> None:
+        super().__init__()
+        self.config, self.mode, self.jsonl = config, mode, jsonl
+        self.exit_code = 0
+        self.rows = self.lost = self.examples = 0
+        self.alerted = False
+
+    @property
+    def tracker(self) -> Any:
+        """The wandb run."""
+        return self.run
+
+    def store_init_configuration(self, values: Mapping[str, Any]) -> None:
+        """Start the W&B run with this configuration, offline if it cannot be had online."""
+        import wandb
+
+        try:
+            self.run = self._init(self.mode.name, values)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            if self.config.wandb == "online":
+                raise InputError(f"--wandb online is not to be had: {reason}") from None
+            wandb.teardown()
+            self.mode = Mode("offline", reason)
+            self.run = self._init("offline", values)
+        print(f"W&B: {self.mode.name} ({self.mode.reason})", flush=True)
+        self.run.define_metric("examples")
+        self.run.define_metric("*", step_metric="examples")
+        for key, summary in SUMMARIES.items():
+            self.run.define_metric(key, step_metric="examples", summary=summary)
+        self._safely(lambda: self.run.log({"last_step": self._last_step_table(values)}, commit=False), rows=0)
+
+    def _init(self, mode: str, values: Mapping[str, Any]) -> Any:
+        import wandb
+
+        folder = self.jsonl.folder
+        return wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            id=values["wandb_id"],
+            name=folder.name,
+            project=self.config.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
+            entity=self.config.wandb_entity,
+            group=self.config.group,
+            job_type="train",
+            tags=list(self.config.tags),
+            notes=self.config.notes,
+            config={key: str(value) if isinstance(value, Path) else value for key, value in values.items()},
+            settings=wandb.Settings(
+                silent=True,
+                x_transaction_log_flush_interval=1,
+                init_timeout=INIT_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    def _last_step_table(self, values: Mapping[str, Any]) -> Any:
+        """Who holds how many examples of the epoch's last step, and what one weighs, relative to 1/n."""
+        import wandb
+
+        sizes, ranks = values["last_step_sizes"], values["world_size"]
+        weights = example_weights(self.config.reduction, self.config.normalize, sizes)
+        rows = [
+            [i % ranks, i // ranks, size, weight * sum(sizes)]
+            for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+        ]
+        return wandb.Table(columns=["rank", "micro-batch", "examples", "example weight x n"], data=rows)
+
+    def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
+        """Log a row, whose `examples` is the x axis; alert on the first loss that is not finite."""
+        self.examples = values["examples"]
+        self._safely(lambda: self.run.log(dict(values)))
+        losses = {key: value for key, value in values.items() if key.endswith("/loss") and not math.isfinite(value)}
+        if losses and not self.alerted:
+            self.alerted = True
+            text = f"{losses} at step {step}; --reduction {self.config.reduction}, lr {self.config.learning_rate:g}"
+            self._safely(lambda: self.run.alert("The loss is not finite", text, level="ERROR"), rows=0)
+
+    def finish(self) -> None:
+        """Upload what the run made, end it with `exit_code`, and say where it is and what it lacks."""
+        import wandb
+
+        folder = self.jsonl.folder
+        if self.exit_code == 0:
+            image = wandb.Image(str(folder / "curves.png"))
+            self._safely(lambda: self.run.log({"examples": self.examples, "curves": image}))
+            model = wandb.Artifact(f"model-{folder.name}", type="model", metadata={"examples": self.examples})
+            model.add_file(str(folder / "model.safetensors"))
+            # This collection has one version: the run's final weights, its latest and its best.
+            self._safely(lambda: self.run.log_artifact(model, aliases=["latest", "best"]), rows=0)
+        uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
+        self._safely(wandb.teardown, rows=0)
+        self._say_where(uploaded)
+
+    def _say_where(self, uploaded: bool) -> None:
+        directory = Path(self.run.settings.sync_dir)
+        directory = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
+        stored = count_rows(directory)
+        if stored is None:
+            print(f"W&B: its file in {directory} cannot be read back; metrics.jsonl is whole", file=sys.stderr)
+        elif stored < self.rows:
+            missing = self.rows - stored
+            print(
+                f"W&B: {missing} of {self.rows} rows are not in its file (disk full?); metrics.jsonl is the record",
+                file=sys.stderr,
+            )
+        if self.mode.name == "online" and uploaded and not self.lost:
+            print(f"W&B: {self.run.url}")
+        elif self.mode.name == "online":
+            print(f"W&B: not everything arrived; to send it: wandb sync --no-skip-online {directory}")
+        else:
+            print(f"W&B: to send this run: wandb sync {directory}")
+
+    def _safely(self, call: Callable[[], object], rows: int = 1) -> bool:
+        """Make a call that may fail without harm to the training: warn at the first failure."""
+        self.rows += rows
+        try:
+            call()
+        except Exception as error:
+            if not self.lost:
+                print(f"W&B failed, training goes on ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+            self.lost += 1
+            return False
+        return True
+
+
+def count_rows(directory: Path) -> int | None:
+    """Return how many history rows a run's .wandb file holds; None where it cannot be read."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(directory)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+        return int(json.loads(done.stdout)["step"]) + 1
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return None
