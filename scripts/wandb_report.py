@@ -136,10 +136,13 @@ def curves(panel: Panel, place: wr.Layout) -> wr.LinePlot:
 
 
 def final_values(panel: Panel, place: wr.Layout) -> wr.BarPlot:
-    """Return a bar for each group of runs: the mean of their last values."""
+    """Return a bar for each group of runs: the mean of their last values.
+
+    Where a run keeps more of a metric than its last value (`define_metric`), its summary has no plain `key`.
+    """
     return wr.BarPlot(
         title=f"{panel.title} at the end",
-        metrics=[panel.key],
+        metrics=[panel.key, f"{panel.key}.last"],
         title_x=panel.unit,
         groupby_aggfunc="mean",
         groupby_rangefunc="minmax",

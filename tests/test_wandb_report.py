@@ -70,7 +70,7 @@ def test_the_spec_holds_every_section_and_panel(
             (panel.title, [panel.key], panel.unit, panel.logarithmic) for panel in section.panels
         ]
         assert {line["xAxis"] for line in lines} == {"examples"}
-        assert [bar["metrics"] for bar in panels(grid, "Bar Chart")] == [["test/acc"]]
+        assert [bar["metrics"] for bar in panels(grid, "Bar Chart")] == [["test/acc", "test/acc.last"]]
     assert panels(grids(spec)[-1], "Run Comparer") == [{"diffOnly": "split"}]
 
 
