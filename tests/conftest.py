@@ -1,4 +1,4 @@
-"""Fixtures: worlds of ranks, made when first asked for and ended with the session."""
+"""Fixtures: worlds of ranks, made when first asked for and ended with the session; a stand-in for W&B."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from loop.fetch import fetch_fashion_mnist
 from tests.ranks import World
+from tests.wandb_stub import KEY, WandbStub
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +33,14 @@ def world() -> Iterator[Callable[[int], World]]:
     yield of_size
     for each in worlds.values():
         each.close()
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:
+    """A stand-in for W&B's server that this process, and those it starts, are logged in to."""
+    wandb = pytest.importorskip("wandb")
+    with WandbStub() as stub:
+        for name, value in {"BASE_URL": stub.url, "API_KEY": KEY, "DIR": str(tmp_path), "SILENT": "true"}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        yield stub
+        wandb.teardown()

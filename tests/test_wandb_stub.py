@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.wandb_reader import read_run
-from tests.wandb_stub import KEY, WandbStub
+from tests.wandb_stub import WandbStub
 
 wandb = pytest.importorskip("wandb")
 
 ROWS = [{"examples": 256 * step, "train/loss": 1 / step} for step in (1, 2, 3)]
-
-
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:
-    """A stand-in that this process is logged in to."""
-    with WandbStub() as stub:
-        for name, value in {"BASE_URL": stub.url, "API_KEY": KEY, "DIR": str(tmp_path), "SILENT": "true"}.items():
-            monkeypatch.setenv(f"WANDB_{name}", value)
-        yield stub
-        wandb.teardown()
 
 
 def log_a_run(mode: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import re
 import threading
@@ -50,7 +51,7 @@ class WandbStub(ThreadingHTTPServer):
     def __init__(self, port: int = 0, entity: str = "ent", projects: Collection[str] = ()) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.entity, self.projects = entity, set(projects)
-        self.lock = threading.Lock()
+        self.lock, self.counter = threading.Lock(), itertools.count(1)
         self.runs: dict[str, dict[str, Any]] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
@@ -122,6 +123,9 @@ class WandbStub(ThreadingHTTPServer):
     def op_Viewer(self, v: Variables) -> dict[str, Any]:
         viewer = {"id": encoded("User:1"), "entity": self.entity, "username": self.entity, "email": "a@b.c"}
         return {"viewer": {**viewer, "flags": "{}", "teams": {"edges": []}}}
+
+    def op_GetDefaultEntity(self, v: Variables) -> dict[str, Any]:
+        return self.op_Viewer(v)
 
     def op_ServerFeaturesQuery(self, v: Variables) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
@@ -230,9 +234,8 @@ class WandbStub(ThreadingHTTPServer):
     # Projects and reports
 
     def op_GetProjects(self, v: Variables) -> dict[str, Any]:
-        names = {run["project"] for run in self.runs.values()} | self.projects
         fixed = {"__typename": "Project", "entityName": v["entity"], "createdAt": THEN, "isBenchmark": False}
-        edges = [{"node": {**fixed, "id": name, "name": name, "user": None}} for name in sorted(names)]
+        edges = [{"node": {**fixed, "id": name, "name": name, "user": None}} for name in sorted(self._project_names())]
         return {"models": {"pageInfo": LAST_PAGE, "edges": edges}}
 
     def op_CreateProject(self, v: Variables) -> dict[str, Any]:
@@ -246,14 +249,28 @@ class WandbStub(ThreadingHTTPServer):
 
     def op_upsertView(self, v: Variables) -> dict[str, Any]:
         view = {key: v[key] for key in ("type", "name", "displayName", "description", "spec")}
-        view["id"] = v.get("id") or encoded(f"View:{len(self.reports) + 1}")
+        view["id"] = v.get("id") or encoded(f"View:{next(self.counter)}")
         view["project"] = {"id": "p1", "name": v["projectName"], "entityName": v["entityName"]}
         view["updatedAt"] = THEN
+        inserted = view["id"] not in self.reports
         self.reports[view["id"]] = view
-        return {"upsertView": {"view": view, "inserted": True}}
+        return {"upsertView": {"view": view, "inserted": inserted}}
 
     def op_SpecificReport(self, v: Variables) -> dict[str, Any]:
         return {"view": {**self.reports[v["reportId"]], "createdAt": THEN}}
+
+    def op_ProjectViews(self, v: Variables) -> dict[str, Any]:
+        if v["entity"] != self.entity or v["project"] not in self._project_names():
+            return {"project": None}
+        edges = [
+            {"node": {**view, "createdAt": THEN, "user": None}, "cursor": view["id"]}
+            for view in self.reports.values()
+            if view["project"]["name"] == v["project"]
+        ]
+        return {"project": {"allViews": {"edges": edges, "pageInfo": LAST_PAGE}}}
+
+    def _project_names(self) -> set[str]:
+        return {run["project"] for run in self.runs.values()} | self.projects
 
 
 class Handler(BaseHTTPRequestHandler):
