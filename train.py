@@ -119,6 +119,7 @@ def train(config: Config) -> int:
             if accelerator.is_main_process:
                 print(f"train.py: {stopped} after step {log.step}; its rows are in {jsonl.folder}", file=sys.stderr)
         finally:
+            stop.handled.set()
             log.close()
             finish(accelerator, exit_code)
     return exit_code

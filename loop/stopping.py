@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRACE_S = 15  # torchrun kills 30 s after its SIGTERM
+GRACE_S = 8  # torchrun kills 30 s after its SIGTERM, and ending a W&B run may take 20
 
 
 class Stopped(Exception):  # noqa: N818  # an end, not an error
@@ -30,13 +31,14 @@ class Stopped(Exception):  # noqa: N818  # an end, not an error
 class StopSignal:
     """Notes the first SIGTERM or SIGINT, between `with` and its end.
 
-    last_resort: called, in a thread, with the exit code if the process has not left the `with` GRACE_S seconds after.
+    signum: the signal noted, 0 for none. handled: to be set by whoever acts on it, or has no need to any more.
+    last_resort: called in a thread, with the exit code, if nobody has within GRACE_S seconds; then the process ends.
     """
 
     def __init__(self, last_resort: Callable[[int], None]) -> None:
         self.last_resort = last_resort
-        self.signum = 0  # the signal noted; 0 for none
-        self.left = threading.Event()
+        self.signum = 0
+        self.handled = threading.Event()
 
     def __enter__(self) -> StopSignal:
         self.reader, self.writer = socket.socketpair()
@@ -47,7 +49,7 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.left.set()
+        self.handled.set()
         signal.set_wakeup_fd(self.old_fd)
         for signum, handler in zip(SIGNALS, self.old_handlers, strict=True):
             signal.signal(signum, handler)
@@ -61,6 +63,7 @@ class StopSignal:
         if not noted:
             return
         self.signum = noted[0]
-        if not self.left.wait(GRACE_S):
+        if not self.handled.wait(GRACE_S):
             self.last_resort(128 + self.signum)
+            sys.stdout.flush()
             os._exit(128 + self.signum)

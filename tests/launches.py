@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PYTHON = sys.executable
 LAUNCHES = {
     "python": [PYTHON, "train.py"],
@@ -28,8 +30,20 @@ def start(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         env={key: value for key, value in (env | environ).items() if value or key == "CUDA_VISIBLE_DEVICES"},
-        start_new_session=True,
     )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a launch outright: launcher, ranks, and W&B's service."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+
+
+def rank_pids(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a launch's ranks, in rank order; without a launcher, the process itself."""
+    ranks = {int(c.environ()["RANK"]): c.pid for c in psutil.Process(process.pid).children() if "RANK" in c.environ()}
+    return [ranks[rank] for rank in sorted(ranks)] or [process.pid]
 
 
 def launch(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +52,7 @@ def launch(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess
     try:
         stdout, stderr = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        kill(process)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

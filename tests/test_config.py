@@ -40,7 +40,6 @@ REFUSED = [
     ("--updater scratch --mixed-precision fp16", "--mixed-precision fp16 needs --updater torch"),
     ("--dtype float64 --mixed-precision bf16", "autocast leaves float64 as it is"),
     ("--cpu --mixed-precision fp16", "--mixed-precision fp16 needs a GPU"),
-    ("--wandb online", "--wandb online is not available yet"),
     ("--tail drop --train-examples 100", "--tail drop leaves an epoch without a step"),
     ("--tail pad --accumulate 3", "--tail pad needs"),
     ("--dataset no/such/folder", "--dataset no/such/folder: no file train-images-idx3-ubyte"),

@@ -224,6 +224,11 @@ class WandbStub(ThreadingHTTPServer):
             edges.append({"node": node})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
+    def op_ArtifactType(self, v: Variables) -> Variables:
+        collection = v["name"].split(":")[0]
+        types = {a["artifactCollectionName"]: a["artifactTypeName"] for a in self.artifacts.values()}
+        return {"project": {"artifact": {"artifactType": {"name": types[collection]}}}}
+
     def op_CommitArtifact(self, v: Variables) -> dict[str, Any]:
         self.artifacts[v["artifactID"]]["state"] = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": v["artifactID"], "digest": "d"}}}
