@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,18 @@ SECTIONS = (
     Section(
         "Mean against sum",
         "reduction",
-        "A step over $n$ examples follows $\\frac{1}{n}\\sum_i g_i$ for a mean and $\\sum_i g_i$ for a sum: $n$ times as "
-        "long at the same learning rate. At $\\mathrm{lr}/n$ the two are one, but for the epoch's short last batch, where "
-        "the sum's step shrinks with $n$ and the mean's does not.",
+        "A step over $n$ examples follows $\\frac{1}{n}\\sum_i g_i$ for a mean and $\\sum_i g_i$ for a sum: $n$ times "
+        "as long at the same learning rate. At $\\mathrm{lr}/n$ the two are one, but for the epoch's short last batch, "
+        "where the sum's step shrinks with $n$ and the mean's does not.",
         (TRAIN_LOSS, TEST_ACC, GRAD_NORM, LR_EFFECTIVE),
     ),
     Section(
         "Tails: who gets the last batch",
         "tail",
-        "The last batch of an epoch does not divide evenly. `spread` deals it evenly, `ragged` fills cells in order, `pad` "
-        "repeats the epoch's first examples, `drop` leaves it out. Normalised by rank, an example of rank $r$ weighs "
-        "$\\frac{1}{WKn_r}$, so that the tail decides who counts; normalised globally it weighs $\\frac{1}{n}$.",
+        "The last batch of an epoch does not divide evenly. `spread` deals it evenly, `ragged` fills ranks in order, "
+        "`pad` repeats the epoch's first examples, `drop` leaves it out. In a mean normalised by rank an example of "
+        "rank $r$ weighs $\\frac{1}{WKn_r}$, so that the tail decides who counts; normalised globally it weighs "
+        "$\\frac{1}{n}$.",
         (TRAIN_LOSS, TEST_LOSS, TEST_ACC),
     ),
     Section(
@@ -67,10 +67,11 @@ SECTIONS = (
     Section(
         "Normalisation",
         "normalize",
-        "`rank` back-propagates $\\frac{1}{n_r}\\sum l$ (or $\\sum l$) on each rank and lets the all-reduce average them: "
-        "$\\frac{1}{WK}\\sum_r\\frac{1}{n_r}\\sum_{i\\in r} g_i$. `global` back-propagates $\\frac{WK}{n}\\sum l$ (or "
-        "$WK\\sum l$), and the average is $\\frac{1}{n}\\sum_i g_i$ (or $\\sum_i g_i$). Under `rank` the scratch updater "
-        "divides by another number on every rank, and the replicas drift apart.",
+        "With `rank`, each rank back-propagates its mean $\\frac{1}{n_r}\\sum l$ (or its sum $\\sum l$), and the "
+        "all-reduce makes of it a mean of means, $\\frac{1}{WK}\\sum_r\\frac{1}{n_r}\\sum_{i\\in r} g_i$. "
+        "With `global`, it back-propagates $\\frac{WK}{n}\\sum l$ (or $WK\\sum l$), and the average is one process's "
+        "step, $\\frac{1}{n}\\sum_i g_i$ (or $\\sum_i g_i$). Under `rank` the scratch updater divides by another number "
+        "on every rank where shares differ, and the replicas drift apart.",
         (TRAIN_LOSS, TEST_ACC, GRAD_NORM, DRIFT),
     ),
 )
