@@ -70,8 +70,8 @@ SECTIONS = (
         "With `rank`, each rank back-propagates its mean $\\frac{1}{n_r}\\sum l$ (or its sum $\\sum l$), and the "
         "all-reduce makes of it a mean of means, $\\frac{1}{WK}\\sum_r\\frac{1}{n_r}\\sum_{i\\in r} g_i$. "
         "With `global`, it back-propagates $\\frac{WK}{n}\\sum l$ (or $WK\\sum l$), and the average is one process's "
-        "step, $\\frac{1}{n}\\sum_i g_i$ (or $\\sum_i g_i$). Under `rank` the scratch updater divides by another number "
-        "on every rank where shares differ, and the replicas drift apart.",
+        "step, $\\frac{1}{n}\\sum_i g_i$ (or $\\sum_i g_i$). Under `rank` the scratch updater divides by another "
+        "number on every rank where shares differ, and the replicas drift apart.",
         (TRAIN_LOSS, TEST_ACC, GRAD_NORM, DRIFT),
     ),
 )
