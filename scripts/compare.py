@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -47,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if bool(flags.runs) == bool(flags.group):
             raise InputError("name the folders of runs, or give --group STUDY, and not both")
         runs = read_runs(flags.runs or study(flags.out, flags.group))
-        compare(runs, flags.group, flags.color_by, flags.to or Path("comparison", flags.group or ""))
+        folder = Path("comparison", re.sub(r"[^\w-]+", "-", flags.group or ""))  # a study's name may hold a slash
+        compare(runs, flags.group, flags.color_by, flags.to or folder)
     except InputError as error:
         print(f"compare: error: {error}", file=sys.stderr)
         sys.exit(2)

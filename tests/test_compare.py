@@ -144,6 +144,18 @@ def test_runs_of_one_name_in_two_places_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_report_is_kept_by_the_name_of_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/a"), group="../mean/sum")
+    compare("--group", "../mean/sum")
+    compare("runs/a")
+    assert [str(path) for path in sorted(Path().rglob("report.html"))] == [
+        "comparison/-mean-sum/report.html",
+        "comparison/report.html",
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_an_unfinished_run_is_compared_as_far_as_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killed = write_run(tmp_path / "killed", epochs=2, finished=False)
     with (killed / "metrics.jsonl").open("a") as rows:
