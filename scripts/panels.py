@@ -51,9 +51,10 @@ SECTIONS = (
     Section(
         "Tails: who gets the last batch",
         "tail",
-        "The last batch of an epoch does not divide evenly. `spread` deals it evenly, `ragged` fills cells in order, "
-        "`pad` repeats the epoch's first examples, `drop` leaves it out. Normalised by rank, an example of rank $r$ "
-        "weighs $\\frac{1}{WKn_r}$, so that the tail decides who counts; normalised globally it weighs $\\frac{1}{n}$.",
+        "The last batch of an epoch does not divide evenly. `spread` deals it evenly, `ragged` fills ranks in order, "
+        "`pad` repeats the epoch's first examples, `drop` leaves it out. In a mean normalised by rank an example of "
+        "rank $r$ weighs $\\frac{1}{WKn_r}$, so that the tail decides who counts; normalised globally it weighs "
+        "$\\frac{1}{n}$.",
         (TRAIN_LOSS, TEST_LOSS, TEST_ACC),
     ),
     Section(
@@ -66,11 +67,11 @@ SECTIONS = (
     Section(
         "Normalisation",
         "normalize",
-        "`rank` back-propagates $\\frac{1}{n_r}\\sum l$ (or $\\sum l$) on each rank and lets the all-reduce average "
-        "them: $\\frac{1}{WK}\\sum_r\\frac{1}{n_r}\\sum_{i\\in r} g_i$. `global` back-propagates "
-        "$\\frac{WK}{n}\\sum l$ (or $WK\\sum l$), and the average is $\\frac{1}{n}\\sum_i g_i$ (or "
-        "$\\sum_i g_i$). Under `rank` the scratch updater divides by another number on every rank, and the replicas "
-        "drift apart.",
+        "With `rank`, each rank back-propagates its mean $\\frac{1}{n_r}\\sum l$ (or its sum $\\sum l$), and the "
+        "all-reduce makes of it a mean of means, $\\frac{1}{WK}\\sum_r\\frac{1}{n_r}\\sum_{i\\in r} g_i$. "
+        "With `global`, it back-propagates $\\frac{WK}{n}\\sum l$ (or $WK\\sum l$), and the average is one process's "
+        "step, $\\frac{1}{n}\\sum_i g_i$ (or $\\sum_i g_i$). Under `rank` the scratch updater divides by another "
+        "number on every rank where shares differ, and the replicas drift apart.",
         (TRAIN_LOSS, TEST_ACC, GRAD_NORM, DRIFT),
     ),
 )
