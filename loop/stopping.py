@@ -45,7 +45,8 @@ class StopSignal:
         self.writer.setblocking(False)
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno())
         self.old_handlers = [signal.signal(signum, self._noted) for signum in SIGNALS]
-        threading.Thread(target=self._watch, name="stop signal", daemon=True).start()
+        self.thread = threading.Thread(target=self._watch, name="stop signal", daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -54,6 +55,8 @@ class StopSignal:
         for signum, handler in zip(SIGNALS, self.old_handlers, strict=True):
             signal.signal(signum, handler)
         self.writer.close()  # ends the thread's wait
+        self.thread.join()
+        self.reader.close()
 
     def _noted(self, signum: int, frame: FrameType | None) -> None:
         """Do nothing: the interpreter has written the signal to the socket, where the thread reads it."""

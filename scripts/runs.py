@@ -17,7 +17,14 @@ Curve = list[tuple[float, float]]
 """(examples, value), in order of examples; the value may be NaN or infinite."""
 
 NAMES = {"argv", "check", "data_dir", "notes", "out", "run_name"}  # say where or why a run was made, not what it does
-DERIVED = {"cells", "last_step_sizes", "steps_per_epoch", "tail_examples"}  # follow from other keys
+DERIVED = {
+    "cells",
+    "devices",
+    "last_step_sizes",
+    "steps_per_epoch",
+    "tail_examples",
+    "threads_per_rank",
+}  # follow
 RUN = "run"
 """Stands for a config key by which every run is a group of its own."""
 

@@ -158,7 +158,7 @@ def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_p
     assert done.stdout.splitlines()[-1].endswith(f"/ent/chapter3-data-parallel/runs/{name}")
     assert [without_clock(row) for row in arrived["history"][:-1]] == rows_of(run)
     assert (arrived["exit_code"], arrived["groupName"], arrived["displayName"]) == (0, "study", run.name)
-    assert any(artifact["artifactCollectionNames"] == [f"model-{run.name}"] for artifact in stub.artifacts.values())
+    assert any(artifact["artifactCollectionName"] == f"model-{run.name}" for artifact in stub.artifacts.values())
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 

@@ -227,7 +227,8 @@ class WandbStub(ThreadingHTTPServer):
     def op_ArtifactType(self, v: Variables) -> Variables:
         collection = v["name"].split(":")[0]
         types = {a["artifactCollectionName"]: a["artifactTypeName"] for a in self.artifacts.values()}
-        return {"project": {"artifact": {"artifactType": {"name": types[collection]}}}}
+        known = {"artifactType": {"name": types[collection]}} if collection in types else None
+        return {"project": {"artifact": known}}
 
     def op_CommitArtifact(self, v: Variables) -> dict[str, Any]:
         self.artifacts[v["artifactID"]]["state"] = "COMMITTED"

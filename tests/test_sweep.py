@@ -1,0 +1,96 @@
+"""The sweep: the whole product, one launch a world size, nothing trained twice, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loop.config import parse
+from scripts.sweep import grid, plan
+from tests.launches import kill, launch, rows_of, start
+
+SWEEP = [sys.executable, "-m", "scripts.sweep", "--group", "g"]
+FLAGS = ["--epochs", "1", "--train-examples", "300", "--dtype", "float64", "--tail", "ragged"]
+
+
+def sweep(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return launch([*SWEEP, *FLAGS], out, *flags)
+
+
+def test_a_grid_is_the_product_of_the_flags_values() -> None:
+    lines = grid(["--reduction", "mean", "sum", "--cpu", "--lr", "0.1", "1", "--tags", "a", "b", "--epochs", "2"])
+    assert [" ".join(line) for line in lines] == [
+        f"--reduction {reduction} --cpu --lr {lr} --tags a b --epochs 2"
+        for reduction in ("mean", "sum")
+        for lr in ("0.1", "1")
+    ]
+
+
+def test_runs_are_named_after_what_varies(tmp_path: Path) -> None:
+    runs = plan(["--out", str(tmp_path), "--reduction", "mean", "sum", "--lr", "0.1", "1"], [1, 2], "g")
+    assert [run.folder.name for run in runs] == [
+        f"g-{reduction}-global-spread-w{ranks}-b256-{lr}"
+        for ranks in (1, 2)
+        for reduction in ("mean", "sum")
+        for lr in ("0.1", "1")
+    ]
+    assert all(parse(run.line).group == "g" for run in runs)
+
+
+def test_a_sweep_trains_each_run_once_and_a_second_call_none(tmp_path: Path) -> None:
+    flags = ["--world-size", "1", "2", "--reduction", "mean", "sum"]
+    done = sweep(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path.parent for path in tmp_path.glob("*/summary.json"))
+    assert [run.name for run in runs] == [f"g-{r}-global-ragged-w{w}-b256" for r in ("mean", "sum") for w in (1, 2)]
+    assert all(json.loads((run / "config.json").read_text())["group"] == "g" for run in runs)
+    for one, two in (runs[:2], runs[2:]):
+        assert rows_of(one)[-1]["train/loss"] == pytest.approx(rows_of(two)[-1]["train/loss"], rel=1e-9)
+    times = [(run / "summary.json").stat().st_mtime_ns for run in runs]
+    assert sweep(tmp_path, *flags).returncode == 0
+    assert times == [(run / "summary.json").stat().st_mtime_ns for run in runs]
+    changed = sweep(tmp_path, *flags, "--seed", "1")
+    assert changed.returncode == 2
+    assert "was made with other flags" in changed.stderr
+
+
+def test_an_interrupted_sweep_goes_on_and_puts_the_torn_run_aside(tmp_path: Path) -> None:
+    flags = ["--reduction", "mean", "sum", "--net", "lenet", "--train-examples", "3000", "--epochs", "2"]
+    process = start([*SWEEP, *flags], tmp_path)
+    while not list(tmp_path.glob("g-sum*/metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    kill(process)
+    assert not list(tmp_path.glob("g-sum*/summary.json"))
+    done = launch([*SWEEP, *flags], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("g-*/summary.json"))) == 2
+    assert len(list((tmp_path / ".unfinished").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "256", "0"], "--batch-size 0 must be at least 1"),
+        (["--world-size", "3", "--tail", "pad"], "--tail pad needs"),
+    ],
+)
+def test_a_grid_with_a_bad_run_is_refused_whole(tmp_path: Path, flags: list[str], message: str) -> None:
+    done = launch([*SWEEP, *flags], tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_wandb_sweep_names_flags_that_exist_with_values_they_take() -> None:
+    settings = yaml.safe_load(Path("scripts/sweep.yaml").read_text())
+    for name, given in settings["parameters"].items():
+        for value in given.get("values", [given.get("value")]):
+            assert getattr(parse([f"--{name}", str(value)]), name) == value
+    assert {"accelerate", "launch", "${program}", "${args}"} <= set(settings["command"])
