@@ -2,16 +2,21 @@
 
 python -m scripts.bench                                      one process, and each loop's peak memory
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m scripts.bench    two ranks, against a bare DDP loop
+    python -m scripts.bench --wandb-pairs 32                          what W&B offline costs an epoch
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import math
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +28,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import train
 from loop.book import train_epoch_ch3
-from loop.config import Config
+from loop.config import Config, parse
 from loop.data import Split, TrainBatches, load
 from loop.fetch import provide
 from loop.nets import make_net
@@ -91,12 +97,34 @@ def ours(split: Split, accelerator: Accelerator) -> Epoch:
     return lambda: train_epoch_ch3(net, batches, loss, updater)
 
 
+def wandb_cost(pairs: int) -> None:
+    """Train pairs of runs, W&B offline and disabled in turn, and print the ratio of their epoch times."""
+    seconds: dict[str, list[float]] = {"offline": [], "disabled": []}
+    with tempfile.TemporaryDirectory() as out, Path(os.devnull).open("w") as devnull:
+        for i in range(pairs + 1):
+            for mode in ("offline", "disabled") if i % 2 else ("disabled", "offline"):
+                flags = ["--epochs", "3", "--wandb", mode, "--out", out, "--run-name", f"{mode}-{i}"]
+                with contextlib.redirect_stdout(devnull):
+                    train.train(parse(flags))
+                rows = (Path(out) / f"{mode}-{i}" / "metrics.jsonl").read_text().splitlines()
+                times = [row["time/epoch_s"] for row in map(json.loads, rows) if "time/epoch_s" in row]
+                seconds[mode] += [statistics.median(times)] if i else []  # the first pair is a warm-up
+    logs = [math.log(a / b) for a, b in zip(seconds["offline"], seconds["disabled"], strict=True)]
+    mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(pairs)
+    low, high = (math.exp(mean + t * error) for t in (-2.04, 2.04))  # Student's t, some 30 degrees of freedom
+    print(f"W&B offline / disabled, epoch time: {math.exp(mean):.3f}, 95 % from {low:.3f} to {high:.3f}, n = {pairs}")
+
+
 def main() -> None:
     """Time the loops, each once in turn, and print medians and ratios; with --only, one epoch and its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="epochs of each loop")
     parser.add_argument("--only", choices=["bare", "ours"], help="run two epochs of this loop, print peak memory in MB")
+    parser.add_argument("--wandb-pairs", type=int, help="pairs of runs with W&B offline and disabled; 30 or more")
     args = parser.parse_args()
+    if args.wandb_pairs:
+        wandb_cost(args.wandb_pairs)
+        return
     config = Config()
     accelerator = Accelerator(cpu=True)
     rank, world_size = accelerator.process_index, accelerator.num_processes
