@@ -83,7 +83,7 @@ def train(config: Config) -> int:
     accelerator.init_trackers("", describe(config, shards, accelerator))
     animator = None
     if accelerator.is_main_process:
-        print(console.opening(config, shards, device, jsonl.folder), flush=True)
+        print(console.opening(config, shards, device.type, jsonl.folder), flush=True)
         animator = Animator("epoch", xlim=(1, max(config.epochs, 2)), legend=CURVES, path=jsonl.folder / "curves.png")
 
     torch.manual_seed(config.seed)

@@ -12,7 +12,7 @@ from loop.reduction import example_weights
 from loop.shards import Shards
 
 
-def opening(config: Config, shards: Shards, device: object, folder: Path) -> str:
+def opening(config: Config, shards: Shards, device: str, folder: Path) -> str:
     """Return what the run will do: data, device, ranks, cells, steps, tail, mode."""
     full, last = shards.steps[0], shards.steps[-1]
     lines = [
