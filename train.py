@@ -70,44 +70,40 @@ def train(config: Config) -> int:
     from loop.stopping import Stopped, StopSignal
     from loop.tracking import JsonlTracker, describe, finish, write_json
     from loop.updater import make_updater
-    from loop.wandb_tracker import choose_mode, make_tracker
+    from loop.wandb_tracker import make_tracker
 
     train_split, test_split = load(config)
     jsonl = JsonlTracker(config)
-    trackers = [jsonl]
-    if launched_rank() == 0:
-        trackers += make_tracker(config, choose_mode(config), jsonl)
+    trackers = [jsonl, *(make_tracker(config, jsonl) if launched_rank() == 0 else [])]
     accelerator = make_accelerator(config, trackers)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     shards = config.shards(len(train_split.labels), world_size)
-    accelerator.init_trackers("", describe(config, shards, accelerator))
-    animator = None
-    if accelerator.is_main_process:
-        print(console.opening(config, shards, device.type, jsonl.folder), flush=True)
-        animator = Animator("epoch", xlim=(1, max(config.epochs, 2)), legend=CURVES, path=jsonl.folder / "curves.png")
-
-    torch.manual_seed(config.seed)
     dtype = getattr(torch, config.dtype)
-    net = accelerator.prepare(make_net(config.net).to(dtype))
-    train_iter = TrainBatches(train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype)
-    test_iter = EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
-    loss = nn.CrossEntropyLoss(reduction="none")
-
     exit_code = 1
     with StopSignal(last_resort=lambda code: finish(accelerator, code)) as stop:
-        log = RunLog(accelerator, config, shards, net, stop, animator)
-        updater = make_updater(accelerator, net, config, log.on_gradient)
         try:
+            accelerator.init_trackers("", describe(config, shards, accelerator))
+            animator = None
+            if accelerator.is_main_process:
+                print(console.opening(config, shards, device.type, jsonl.folder), flush=True)
+                xlim = (1, max(config.epochs, 2))
+                animator = Animator("epoch", xlim=xlim, legend=CURVES, path=jsonl.folder / "curves.png")
+
+            torch.manual_seed(config.seed)
+            net = accelerator.prepare(make_net(config.net).to(dtype))
+            log = RunLog(accelerator, config, shards, net, stop, animator)
+            updater = make_updater(accelerator, net, config, log.on_gradient)
             train_ch3(
                 net,
-                train_iter,
-                test_iter,
-                loss,
+                TrainBatches(train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype),
+                EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype),
+                nn.CrossEntropyLoss(reduction="none"),
                 config.epochs,
                 updater,
                 after_cell=log.after_cell,
                 after_epoch=log.after_epoch,
             )
+            log.close()
             if animator:
                 animator.save()
                 save_file(accelerator.unwrap_model(net).state_dict(), jsonl.folder / "model.safetensors")
@@ -116,11 +112,11 @@ def train(config: Config) -> int:
             exit_code = 0
         except Stopped as stopped:
             exit_code = stopped.exit_code
+            log.close()
             if accelerator.is_main_process:
                 print(f"train.py: {stopped} after step {log.step}; its rows are in {jsonl.folder}", file=sys.stderr)
         finally:
             stop.handled.set()
-            log.close()
             finish(accelerator, exit_code)
     return exit_code
 

@@ -149,8 +149,7 @@ class Config:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be finite, 0 or more")
         if self.run_name is not None:
-            _require(re.fullmatch(r"[\w][\w.-]*", self.run_name) is not None, "run_name", repr(self.run_name),
-                     "must be a plain name: letters, digits, '_', '-' and '.'")  # fmt: skip
+            check_run_name(self.run_name)
         self._refuse_contradictions()
         self.refuse_existing_run()
 
@@ -200,6 +199,12 @@ def parse(args: list[str] | None = None, *, quiet: bool = False) -> Config:
     return tyro.cli(
         Config, args=args, prog="train.py", console_outputs=not quiet, config=(tyro.conf.FlagCreatePairsOff,)
     )
+
+
+def check_run_name(name: str) -> None:
+    """Raise InputError unless the name can be a folder's and W&B's."""
+    plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
+    _require(plain, "run_name", repr(name), "must be a plain name: letters, digits, '_', '-' and '.'")
 
 
 def _require(holds: bool, flag: str, value: object, rule: str) -> None:

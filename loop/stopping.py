@@ -67,6 +67,8 @@ class StopSignal:
             return
         self.signum = noted[0]
         if not self.handled.wait(GRACE_S):
-            self.last_resort(128 + self.signum)
-            sys.stdout.flush()
-            os._exit(128 + self.signum)
+            try:
+                self.last_resort(128 + self.signum)
+                sys.stdout.flush()
+            finally:
+                os._exit(128 + self.signum)

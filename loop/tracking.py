@@ -6,11 +6,13 @@ import json
 import math
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,11 +59,12 @@ class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.rows: TextIO | None = None
 
     def start(self) -> None:
         """Make the run's folder; called by `init_trackers`, on the main process only, as all that follows."""
         self.folder = new_folder(self.config, PartialState().num_processes)
-        self.rows: TextIO = (self.folder / "metrics.jsonl").open("x", encoding="utf-8", buffering=1)
+        self.rows = (self.folder / "metrics.jsonl").open("x", encoding="utf-8", buffering=1)
 
     @property
     def tracker(self) -> Path:
@@ -74,24 +77,38 @@ class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Append a row."""
+        assert self.rows, "rows come after the start"
         self.rows.write(json.dumps(_plain(values), allow_nan=False) + "\n")
 
     def finish(self) -> None:
         """Close metrics.jsonl."""
-        self.rows.close()
+        if self.rows:
+            self.rows.close()
+
+    def count(self) -> int:
+        """Return how many whole rows metrics.jsonl holds."""
+        return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
+
+    def discard(self) -> None:
+        """Remove the folder of a run that cannot begin."""
+        self.finish()
+        shutil.rmtree(self.folder)
 
 
 def finish(accelerator: Accelerator, exit_code: int) -> None:
     """End the run's trackers, once: what `Accelerator.end_training` does, with an exit code, sparing the group."""
-    while accelerator.trackers:
-        tracker = accelerator.trackers.pop()
-        tracker.exit_code = exit_code
-        tracker.finish()
+    with ExitStack() as each:  # one that fails keeps no other from its end
+        while accelerator.trackers:
+            tracker = accelerator.trackers.pop(0)
+            tracker.exit_code = exit_code
+            each.callback(tracker.finish)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file for people to read."""
-    path.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a JSON file for people to read, whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(path)
 
 
 def describe(config: Config, shards: Shards, accelerator: Accelerator) -> dict[str, Any]:
@@ -110,11 +127,19 @@ def describe(config: Config, shards: Shards, accelerator: Accelerator) -> dict[s
         "devices": gather_object([name]),  # one a rank
         "threads_per_rank": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: installed(package) for package in PACKAGES},
         "git_commit": git_commit(),
         "argv": sys.argv,
         "wandb_id": secrets.token_hex(4),
     }
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:

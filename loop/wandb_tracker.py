@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -38,9 +39,10 @@ class Mode(NamedTuple):
 def choose_mode(config: Config) -> Mode:
     """Decide as --wandb says; for `auto` as WANDB_MODE says; else online where a key is good and the server answers.
 
-    Takes 8 s at most, and no time without a key. Raises InputError where --wandb online cannot be had.
+    Asks the server for REQUEST_S seconds at most, and not at all without a key. Raises InputError where --wandb online
+    cannot be had.
     """
-    asked = os.environ.get("WANDB_MODE", "auto") if config.wandb == "auto" else config.wandb
+    asked = (os.environ.get("WANDB_MODE") or "auto") if config.wandb == "auto" else config.wandb
     source = "WANDB_MODE" if config.wandb == "auto" else "--wandb"
     if asked == "disabled":
         return Mode("disabled", source)
@@ -56,21 +58,29 @@ def choose_mode(config: Config) -> Mode:
 def _why_not_online() -> str | None:
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(REQUEST_S))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would retry for 10 s at the end if the server is gone
-    import wandb
-
-    if wandb.setup(settings=wandb.Settings(silent=True)).settings.mode == "offline":
-        return "`wandb offline` was called here"
     try:
-        return (
-            None if wandb.login(prompt=False, verify=True) else "no API key: call `wandb login`, or set WANDB_API_KEY"
-        )
+        import wandb
+
+        if wandb.setup(settings=wandb.Settings(silent=True)).settings.mode == "offline":
+            return "`wandb offline` was called here"
+        return None if wandb.login(prompt=False, verify=True) else "no API key: `wandb login`, or WANDB_API_KEY"
     except Exception as error:
-        return " ".join(str(error).split())
+        return in_one_line(error)
 
 
-def make_tracker(config: Config, mode: Mode, jsonl: JsonlTracker) -> list[GeneralTracker]:
-    """Return the W&B tracker, or nothing where W&B is disabled."""
-    return [] if mode.name == "disabled" else [WandbTracker(config, mode, jsonl)]
+def in_one_line(error: Exception) -> str:
+    """Return an error's text without its line breaks, abridged."""
+    return " ".join(str(error).split())[:300]
+
+
+def make_tracker(config: Config, jsonl: JsonlTracker) -> list[GeneralTracker]:
+    """Return the W&B tracker in the mode that `choose_mode` finds, or nothing where W&B is disabled."""
+    mode = choose_mode(config)
+    if mode.name != "disabled":
+        return [WandbTracker(config, mode, jsonl)]
+    if config.wandb == "auto":
+        print(f"W&B: disabled ({mode.reason})", flush=True)
+    return []
 
 
 class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
@@ -86,6 +96,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def __init__(self, config: Config, mode: Mode, jsonl: JsonlTracker) -> None:
         super().__init__()
         self.config, self.mode, self.jsonl = config, mode, jsonl
+        self.run: Any = None
         self.exit_code = 0
         self.rows = self.lost = self.examples = 0
         self.alerted = False
@@ -96,24 +107,39 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         return self.run
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
-        """Start the W&B run with this configuration, offline if it cannot be had online."""
-        import wandb
+        """Start the W&B run with this configuration: offline if it cannot be had online, not at all if not offline.
 
+        Raises InputError where --wandb online cannot be had.
+        """
+        self.run = self._start(values)
+        print(f"W&B: {self.mode.name} ({self.mode.reason})", flush=True)
+        if self.run is not None:
+            self._safely(self._define_metrics, rows=0)
+            self._safely(lambda: self.run.log({"last_step": self._last_step_table(values)}, commit=False), rows=0)
+
+    def _start(self, values: Mapping[str, Any]) -> Any:
         try:
-            self.run = self._init(self.mode.name, values)
+            return self._init(self.mode.name, values)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            if self.config.wandb == "online":
-                raise InputError(f"--wandb online is not to be had: {reason}") from None
+            reason = in_one_line(error)
+        if self.config.wandb == "online":
+            self.jsonl.discard()
+            raise InputError(f"--wandb online is not to be had: {reason}")
+        try:
+            import wandb
+
             wandb.teardown()
             self.mode = Mode("offline", reason)
-            self.run = self._init("offline", values)
-        print(f"W&B: {self.mode.name} ({self.mode.reason})", flush=True)
+            return self._init("offline", values)
+        except Exception as error:
+            self.mode = Mode("disabled", in_one_line(error))
+            return None
+
+    def _define_metrics(self) -> None:
         self.run.define_metric("examples")
         self.run.define_metric("*", step_metric="examples")
         for key, summary in SUMMARIES.items():
             self.run.define_metric(key, step_metric="examples", summary=summary)
-        self._safely(lambda: self.run.log({"last_step": self._last_step_table(values)}, commit=False), rows=0)
 
     def _init(self, mode: str, values: Mapping[str, Any]) -> Any:
         import wandb
@@ -141,19 +167,22 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         )
 
     def _last_step_table(self, values: Mapping[str, Any]) -> Any:
-        """Who holds how many examples of the epoch's last step, and what one weighs, relative to 1/n."""
+        """Who holds how many examples of the epoch's last step, what one weighs, what the rank's updater divides by."""
         import wandb
 
         sizes, ranks = values["last_step_sizes"], values["world_size"]
         weights = example_weights(self.config.reduction, self.config.normalize, sizes)
+        divisors = self.config.divisors(sizes, ranks)
         rows = [
-            [i % ranks, i // ranks, size, weight * sum(sizes)]
+            [i % ranks, i // ranks, size, weight * sum(sizes), divisors[i % ranks]]
             for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
         ]
-        return wandb.Table(columns=["rank", "micro-batch", "examples", "example weight x n"], data=rows)
+        return wandb.Table(columns=["rank", "micro-batch", "examples", "example weight x n", "divided by"], data=rows)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Log a row, whose `examples` is the x axis; alert on the first loss that is not finite."""
+        if self.run is None:
+            return
         self.examples = values["examples"]
         self._safely(lambda: self.run.log(dict(values)))
         losses = {key: value for key, value in values.items() if key.endswith("/loss") and not math.isfinite(value)}
@@ -164,38 +193,46 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
     def finish(self) -> None:
         """Upload what the run made, end it with `exit_code`, and say where it is and what it lacks."""
+        if self.run is None:
+            return
         import wandb
 
-        folder = self.jsonl.folder
         if self.exit_code == 0:
-            image = wandb.Image(str(folder / "curves.png"))
-            self._safely(lambda: self.run.log({"examples": self.examples, "curves": image}))
-            model = wandb.Artifact(f"model-{folder.name}", type="model", metadata={"examples": self.examples})
-            model.add_file(str(folder / "model.safetensors"))
-            # This collection has one version: the run's final weights, its latest and its best.
-            self._safely(lambda: self.run.log_artifact(model, aliases=["latest", "best"]), rows=0)
+            self._safely(self._log_curves)
+            self._safely(self._log_model, rows=0)
         uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
         self._safely(wandb.teardown, rows=0)
         self._say_where(uploaded)
+
+    def _log_curves(self) -> None:
+        import wandb
+
+        self.run.log({"examples": self.examples, "curves": wandb.Image(str(self.jsonl.folder / "curves.png"))})
+
+    def _log_model(self) -> None:
+        import wandb
+
+        # A collection of the run's own, with one version: its final weights are its latest and its best.
+        model = wandb.Artifact(f"model-{self.run.id}", type="model", metadata={"examples": self.examples})
+        model.add_file(str(self.jsonl.folder / "model.safetensors"))
+        self.run.log_artifact(model, aliases=["latest", "best"])
 
     def _say_where(self, uploaded: bool) -> None:
         directory = Path(self.run.settings.sync_dir)
         directory = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
         stored = count_rows(directory)
+        kept = f"metrics.jsonl has {self.jsonl.count()}"
         if stored is None:
-            print(f"W&B: its file in {directory} cannot be read back; metrics.jsonl is whole", file=sys.stderr)
+            print(f"W&B: its file in {directory} cannot be read back; {kept} rows", file=sys.stderr)
         elif stored < self.rows:
-            missing = self.rows - stored
-            print(
-                f"W&B: {missing} of {self.rows} rows are not in its file (disk full?); metrics.jsonl is the record",
-                file=sys.stderr,
-            )
+            print(f"W&B: {self.rows - stored} of {self.rows} rows are not in its file; {kept}", file=sys.stderr)
+        quoted = shlex.quote(str(directory))
         if self.mode.name == "online" and uploaded and not self.lost:
             print(f"W&B: {self.run.url}")
         elif self.mode.name == "online":
-            print(f"W&B: not everything arrived; to send it: wandb sync --no-skip-online {directory}")
+            print(f"W&B: not everything arrived; to send it: wandb sync --no-skip-online {quoted}")
         else:
-            print(f"W&B: to send this run: wandb sync {directory}")
+            print(f"W&B: to send this run: wandb sync {quoted}")
 
     def _safely(self, call: Callable[[], object], rows: int = 1) -> bool:
         """Make a call that may fail without harm to the training: warn at the first failure."""
@@ -204,7 +241,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             call()
         except Exception as error:
             if not self.lost:
-                print(f"W&B failed, training goes on ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+                print(f"W&B failed, training goes on ({in_one_line(error)})", file=sys.stderr, flush=True)
             self.lost += 1
             return False
         return True
@@ -212,9 +249,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
 def count_rows(directory: Path) -> int | None:
     """Return how many history rows a run's .wandb file holds; None where it cannot be read."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(directory)]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
-        return int(json.loads(done.stdout)["step"]) + 1
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError, KeyError):
+        done = subprocess.run(command, capture_output=True, timeout=20, check=False, text=True)
+        kinds = [json.loads(line)["type"] for line in done.stdout.splitlines()]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
         return None
+    return kinds.count("history") if kinds else None

@@ -46,7 +46,7 @@ SECTIONS = (
         "A step over $n$ examples follows $\\frac{1}{n}\\sum_i g_i$ for a mean and $\\sum_i g_i$ for a sum: $n$ times "
         "as long at the same learning rate. At $\\mathrm{lr}/n$ the two are one, but for the epoch's short last batch, "
         "where the sum's step shrinks with $n$ and the mean's does not.",
-        (TRAIN_LOSS, TEST_ACC, GRAD_NORM, LR_EFFECTIVE),
+        (TRAIN_LOSS, TRAIN_ACC, TEST_ACC, GRAD_NORM, LR_EFFECTIVE),
     ),
     Section(
         "Tails: who gets the last batch",

@@ -14,39 +14,58 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from loop.config import InputError, parse
+from loop.config import Config, InputError, check_run_name, parse
 from loop.fetch import provide
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.2
+IN_DEFAULT_NAME = ("--reduction", "--normalize", "--tail", "--batch-size")
 
 
 class Planned(NamedTuple):
-    """A run to be: its ranks, its command line, its folder."""
+    """A run to be: its ranks, its configuration, and the command line that asks for it."""
 
     world_size: int
+    config: Config
     line: list[str]
-    folder: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the run will live."""
+        return self.config.out / str(self.config.run_name)
+
+    @property
+    def launch_key(self) -> tuple[int, str, bool]:
+        """What runs of one launch share: Accelerate joins the ranks once, for one device and precision."""
+        return self.world_size, self.config.mixed_precision, self.config.cpu
 
 
-def grid(flags: list[str]) -> list[list[str]]:
-    """Return a command line for each combination of the flags' values; --tags, which takes several, is no axis."""
+def grid(flags: list[str]) -> list[dict[str, list[str]]]:
+    """Return the product of the flags' values, each choice as {flag: its words}; --tags takes several and is no axis.
+
+    Raises InputError for words before the first flag.
+    """
     starts = [i for i, word in enumerate(flags) if word.startswith("--")]
+    if flags and starts[:1] != [0]:
+        raise InputError(f"{flags[0]}: what flag does this belong to?")
     axes = []
     for start, end in itertools.pairwise([*starts, len(flags)]):
         flag, *values = flags[start:end]
         several = len(values) > 1 and flag != "--tags"
-        axes.append([[flag, value] for value in values] if several else [flags[start:end]])
-    return [list(itertools.chain(*choice)) for choice in itertools.product(*axes)]
+        axes.append([(flag, [value]) for value in values] if several else [(flag, values)])
+    return [dict(choice) for choice in itertools.product(*axes)]
 
 
 def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
@@ -54,17 +73,31 @@ def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
 
     Raises InputError for the first run that train.py would refuse.
     """
-    lines = grid(flags)
+    choices = grid(flags)
+    varied = [flag for flag in choices[0] if len({tuple(choice[flag]) for choice in choices}) > 1]
     runs = []
-    for world_size, line in itertools.product(world_sizes, lines):
-        config = parse(line)
+    for world_size, choice in itertools.product(world_sizes, choices):
+        words = [word for flag, values in choice.items() for word in (flag, *values)]
+        config = replace(parse(words), run_name=None)
         config.validate()
         config.shards(config.training_size(provide(config, fetching=True)), world_size)
-        varied = [word.lstrip("-") for word in line if not all(word in other for other in lines)]
-        told = config.default_run_name(world_size)
-        name = "-".join([group, told, *(word for word in varied if word not in told.split("-"))])
-        runs.append(Planned(world_size, [*line, "--group", group, "--run-name", name], config.out / name))
+        more = [flag.lstrip("-") + "".join(choice[flag]) for flag in varied if flag not in IN_DEFAULT_NAME]
+        name = "-".join([group, config.default_run_name(world_size), *more])
+        check_run_name(name)
+        line = [*words, "--group", group, "--run-name", name]
+        runs.append(Planned(world_size, parse(line), line))
     return runs
+
+
+def is_finished(run: Planned) -> bool:
+    """Whether the run is there, whole. Raises InputError where a finished run of this name was another's."""
+    if not (run.folder / "summary.json").exists():
+        return False
+    made_by = asdict(parse(json.loads((run.folder / "config.json").read_text())["argv"][1:]))
+    different = [name for name, value in asdict(run.config).items() if made_by[name] != value]
+    if different:
+        raise InputError(f"{run.folder} was made with another {', '.join(different)}: choose another --group")
+    return True
 
 
 def put_aside(run: Planned) -> None:
@@ -75,19 +108,10 @@ def put_aside(run: Planned) -> None:
         run.folder.rename(aside)
 
 
-def is_finished(run: Planned) -> bool:
-    """Whether the run is there, whole. Raises InputError where a finished run of this name had other flags."""
-    if not (run.folder / "summary.json").exists():
-        return False
-    made_by = json.loads((run.folder / "config.json").read_text())["argv"][1:]
-    if made_by != run.line:
-        raise InputError(f"{run.folder} was made with other flags ({' '.join(made_by)}): choose another --group")
-    return True
-
-
-def launch(world_size: int, runs: list[Planned], log: Path, bar: tqdm[None]) -> int:
-    """Train the runs of one world size, one after the other, in one launch; return its exit code."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as lines, log.open("w") as output:
+def launch(runs: list[Planned], log: Path, bar: tqdm[None]) -> int:
+    """Train runs that can share a launch, one after the other; return its exit code."""
+    world_size = runs[0].world_size
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as lines, log.open("a") as output:
         json.dump([run.line for run in runs], lines)
         lines.flush()
         worker = ["-m", "scripts.sweep", "--worker", lines.name]
@@ -103,14 +127,17 @@ def launch(world_size: int, runs: list[Planned], log: Path, bar: tqdm[None]) -> 
         )
         waiting = list(runs)
         try:
-            while process.poll() is None or any((run.folder / "summary.json").exists() for run in waiting):
+            while True:
+                ended = process.poll() is not None
                 for run in [run for run in waiting if (run.folder / "summary.json").exists()]:
                     waiting.remove(run)
                     bar.update()
+                if ended:
+                    return process.returncode
                 time.sleep(POLL_S)
-        except KeyboardInterrupt:  # the ranks got it, too, and stop together
-            process.wait()
-        return process.returncode
+        except KeyboardInterrupt:
+            process.terminate()
+            return process.wait() or 130
 
 
 def work(lines: list[list[str]]) -> int:
@@ -138,25 +165,37 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     if args.worker:
         return work(json.loads(args.worker.read_text()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the launch, too
     try:
         if args.group is None:
             raise InputError("--group NAME is needed: it is what the study is found by")
         runs = plan(flags, args.world_size, args.group)
-        todo = [run for run in runs if not is_finished(run)]
-        for run in todo:
-            put_aside(run)
-    except InputError as error:
-        print(f"scripts.sweep: error: {error}", file=sys.stderr)
-        return 2
+        out = runs[0].config.out
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / f".{args.group}.lock", timeout=0):
+            return run_all(runs, out, args.group)
+    except Timeout:
+        error: object = f"another sweep of --group {args.group} is at work in {out}"
+    except InputError as refusal:
+        error = refusal
+    print(f"scripts.sweep: error: {error}", file=sys.stderr)
+    return 2
+
+
+def run_all(runs: list[Planned], out: Path, group: str) -> int:
+    """Launch what is not finished, with a progress bar; return 0, or the exit code of the launch that failed."""
+    todo = [run for run in runs if not is_finished(run)]
+    for run in todo:
+        put_aside(run)
     with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", dynamic_ncols=True) as bar:
-        for world_size in dict.fromkeys(run.world_size for run in todo):
-            mine = [run for run in todo if run.world_size == world_size]
-            log = mine[0].folder.parent / f"{args.group}-w{world_size}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            if exit_code := launch(world_size, mine, log, bar):
+        for key in dict.fromkeys(run.launch_key for run in todo):
+            log = out / f"{group}-w{key[0]}.log"
+            if exit_code := launch([run for run in todo if run.launch_key == key], log, bar):
                 print(f"scripts.sweep: stopped with {exit_code}; see {log}; the same call goes on", file=sys.stderr)
                 return exit_code
-    print(f"{len(runs)} runs in {runs[0].folder.parent}; to compare: python -m scripts.compare --group {args.group}")
+    print(f"{len(runs)} runs in {out}; to compare: python -m scripts.compare --group {group} --out {out}")
+    if list(out.glob(f"{group}-*/wandb/offline-run-*")):
+        print(f"W&B has those kept offline after: wandb sync {out}/{group}-*/wandb/offline-run-*")
     return 0
 
 

@@ -503,3 +503,7 @@ def test_a_finger_on_a_plot_scrolls_the_page(report: Report) -> None:
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.wait_for_timeout(300)
     assert page.evaluate("scrollY") - before > 100
+
+
+def test_every_panel_stands_in_a_section() -> None:
+    assert {panel for section in SECTIONS for panel in section.panels} == set(PANELS)

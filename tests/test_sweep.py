@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loop.config import parse
+from loop.config import InputError, parse
 from scripts.sweep import grid, plan
 from tests.launches import kill, launch, rows_of, start
 
@@ -24,23 +24,35 @@ def sweep(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_grid_is_the_product_of_the_flags_values() -> None:
-    lines = grid(["--reduction", "mean", "sum", "--cpu", "--lr", "0.1", "1", "--tags", "a", "b", "--epochs", "2"])
-    assert [" ".join(line) for line in lines] == [
-        f"--reduction {reduction} --cpu --lr {lr} --tags a b --epochs 2"
+    choices = grid(["--reduction", "mean", "sum", "--cpu", "--lr", "0.1", "1", "--tags", "a", "b", "--epochs", "2"])
+    assert choices == [
+        {"--reduction": [reduction], "--cpu": [], "--lr": [lr], "--tags": ["a", "b"], "--epochs": ["2"]}
         for reduction in ("mean", "sum")
         for lr in ("0.1", "1")
     ]
+    with pytest.raises(InputError, match="what flag does this belong to"):
+        grid(["stray", "--epochs", "2"])
 
 
 def test_runs_are_named_after_what_varies(tmp_path: Path) -> None:
-    runs = plan(["--out", str(tmp_path), "--reduction", "mean", "sum", "--lr", "0.1", "1"], [1, 2], "g")
+    runs = plan(["--out", str(tmp_path), "--reduction", "mean", "sum", "--seed", "1", "2"], [1, 2], "g")
     assert [run.folder.name for run in runs] == [
-        f"g-{reduction}-global-spread-w{ranks}-b256-{lr}"
+        f"g-{reduction}-global-spread-w{ranks}-b256-seed{seed}"
         for ranks in (1, 2)
         for reduction in ("mean", "sum")
-        for lr in ("0.1", "1")
+        for seed in (1, 2)
     ]
-    assert all(parse(run.line).group == "g" for run in runs)
+    assert all(run.config.group == "g" for run in runs)
+
+
+def test_axes_that_share_values_do_not_share_names(tmp_path: Path) -> None:
+    runs = plan(["--out", str(tmp_path), "--seed", "1", "2", "--accumulate", "1", "2"], [1], "g")
+    assert len({run.folder for run in runs}) == 4
+
+
+def test_runs_of_another_precision_get_a_launch_of_their_own(tmp_path: Path) -> None:
+    runs = plan(["--out", str(tmp_path), "--mixed-precision", "no", "bf16"], [1], "g")
+    assert len({run.launch_key for run in runs}) == 2
 
 
 def test_a_sweep_trains_each_run_once_and_a_second_call_none(tmp_path: Path) -> None:
@@ -57,7 +69,7 @@ def test_a_sweep_trains_each_run_once_and_a_second_call_none(tmp_path: Path) -> 
     assert times == [(run / "summary.json").stat().st_mtime_ns for run in runs]
     changed = sweep(tmp_path, *flags, "--seed", "1")
     assert changed.returncode == 2
-    assert "was made with other flags" in changed.stderr
+    assert "was made with another seed" in changed.stderr
 
 
 def test_an_interrupted_sweep_goes_on_and_puts_the_torn_run_aside(tmp_path: Path) -> None:
@@ -79,6 +91,7 @@ def test_an_interrupted_sweep_goes_on_and_puts_the_torn_run_aside(tmp_path: Path
     [
         (["--batch-size", "256", "0"], "--batch-size 0 must be at least 1"),
         (["--world-size", "3", "--tail", "pad"], "--tail pad needs"),
+        (["--group", "a b/c"], "must be a plain name"),
     ],
 )
 def test_a_grid_with_a_bad_run_is_refused_whole(tmp_path: Path, flags: list[str], message: str) -> None:

@@ -87,10 +87,12 @@ def test_an_offline_run_holds_config_summary_table_model_and_exit_code(offline: 
         "last": epochs[-1]["train/loss"],
     }
     assert stored["summary"]["test/acc"]["max"] == max(r["test/acc"] for r in epochs)
-    ((*_, aliases),) = [artifact for artifact in stored["artifacts"] if artifact[:2] == (f"model-{run.name}", "model")]
+    models = [artifact for artifact in stored["artifacts"] if artifact[1] == "model"]
+    ((name, _, aliases),) = models
+    assert name == f"model-{config['wandb_id']}"
     assert set(aliases) == {"latest", "best"}
     (table,) = (wandb_folder(run) / "files").rglob("last_step*.table.json")
-    assert json.loads(table.read_text())["data"] == [[0, 0, 50, 1.0], [1, 0, 50, 1.0]]
+    assert json.loads(table.read_text())["data"] == [[0, 0, 50, 1.0, 1], [1, 0, 50, 1.0, 1]]
 
 
 def test_a_run_says_its_mode_its_reason_and_how_to_sync(offline: tuple[Path, str]) -> None:
@@ -159,7 +161,7 @@ def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_p
     assert done.stdout.splitlines()[-1].endswith(f"/ent/chapter3-data-parallel/runs/{name}")
     assert [without_clock(row) for row in arrived["history"][:-1]] == rows_of(run)
     assert (arrived["exit_code"], arrived["groupName"], arrived["displayName"]) == (0, "study", run.name)
-    assert any(artifact["artifactCollectionName"] == f"model-{run.name}" for artifact in stub.artifacts.values())
+    assert any(artifact["artifactCollectionName"] == f"model-{name}" for artifact in stub.artifacts.values())
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
@@ -242,18 +244,42 @@ def test_the_background_service_killed_in_mid_run_does_not_end_the_training(tmp_
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "W&B failed, training goes on" in stderr
-    assert "metrics.jsonl is" in stderr
+    assert f"rows are not in its file; metrics.jsonl has {len(rows_of(run))}" in stderr
     assert len([row for row in rows_of(run) if "train/loss" in row]) == 60
 
 
 def test_rows_lost_by_w_and_b_are_counted(offline: tuple[Path, str], tmp_path: Path) -> None:
     folder = wandb_folder(offline[0])
     (stored,) = folder.glob("*.wandb")
-    torn = tmp_path / "run-x.wandb"
-    torn.write_bytes(stored.read_bytes()[: stored.stat().st_size // 3])
-    whole, part = count_rows(folder), count_rows(tmp_path)
-    assert whole == len(read_run(folder)["history"])
-    assert part is None or part < whole
+    whole = len(read_run(folder)["history"])
+    assert count_rows(folder) == whole
+    (tmp_path / "run-x.wandb").write_bytes(stored.read_bytes()[: stored.stat().st_size * 2 // 3])
+    part = count_rows(tmp_path)
+    assert part == len(read_run(tmp_path)["history"])
+    assert 0 < part < whole
+
+
+@pytest.mark.parametrize("environ", [{"WANDB_BASE_URL": "nonsense"}, {"WANDB_MODE": "nonsense"}])
+def test_w_and_b_that_cannot_start_at_all_is_left_out(tmp_path: Path, environ: dict[str, str]) -> None:
+    done = launch(ONE, tmp_path, *SHORT, **({"WANDB_MODE": ""} | environ))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("W&B: disabled (")
+
+
+def test_a_fault_of_w_and_b_at_the_end_does_not_fail_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    done = launch(ONE, tmp_path / "out", *SHORT, WANDB_MODE="offline", WANDB_DATA_DIR=str(tmp_path / "file"))
+    assert done.returncode == 0, done.stderr
+    assert "W&B failed, training goes on" in done.stderr
+    assert read_run(wandb_folder(only_run(tmp_path / "out")))["exit_code"] == 0
+
+
+def test_online_refused_at_the_start_leaves_no_run_behind(stub: WandbStub, tmp_path: Path) -> None:
+    stub.fail = lambda kind, op: 401 if op == "UpsertBucket" else None
+    done = launch(ONE, tmp_path, "--wandb", "online", "--run-name", "mine", **keyed(stub.url))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: --wandb online is not to be had: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
@@ -308,3 +334,39 @@ def test_a_rank_that_dies_leaves_rank_0s_rows_and_a_failed_run(tmp_path: Path) -
     stored = read_run(wandb_folder(run))
     assert stored["exit_code"] not in (0, None), "marked failed"
     assert [without_clock(row) for row in stored["history"]] == rows_of(run)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_a_rank_leaves_every_row_and_a_failed_run(tmp_path: Path, rank: int) -> None:
+    script = tmp_path / "crash.py"
+    script.write_text(
+        "import os, train\nfrom loop.runlog import RunLog\nafter_cell = RunLog.after_cell\n"
+        "def crash(self, *args):\n    after_cell(self, *args)\n"
+        f"    if self.step == 20 and os.environ['RANK'] == '{rank}': raise RuntimeError('planted')\n"
+        "RunLog.after_cell = crash\ntrain.main()\n"
+    )
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = launch(how, tmp_path / "out", *LONG, WANDB_MODE="offline", PYTHONPATH=str(Path.cwd()))
+    assert done.returncode != 0
+    assert "RuntimeError: planted" in done.stderr
+    run = only_run(tmp_path / "out")
+    stored = read_run(wandb_folder(run))
+    assert stored["exit_code"] not in (0, None), "marked failed"
+    assert len(rows_of(run)) >= 20
+    assert [without_clock(row) for row in stored["history"]] == rows_of(run)
+
+
+def test_a_signal_before_training_ends_the_w_and_b_run_too(stub: WandbStub, tmp_path: Path) -> None:
+    def slow(kind: str, op: str) -> None:
+        if op == "UpsertBucket":
+            time.sleep(3)
+
+    stub.fail = slow
+    process = start(ONE, tmp_path, *LONG, **keyed(stub.url))
+    while not stub.ops["UpsertBucket"]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    (arrived,) = stub.runs.values()
+    assert (arrived["complete"], arrived["exit_code"]) == (True, 143)
