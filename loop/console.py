@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 
 from loop.book import unmet_thresholds
 from loop.config import Config
 from loop.reduction import example_weights
-from loop.shards import Shards
+from loop.shards import Shards, sizes_in_words
 
 
 def opening(config: Config, shards: Shards, device: str, folder: Path) -> str:
@@ -67,9 +66,3 @@ def last_batch(config: Config, shards: Shards) -> str:
     if census.missing:
         text += f"; {census.missing} examples of the epoch were never seen"
     return text + "."
-
-
-def sizes_in_words(sizes: Sequence[int]) -> str:
-    """Return sizes in order, equal neighbours together: (33, 33, 32, 0) is "2 x 33, 32, 0"."""
-    runs = [(size, len(list(group))) for size, group in groupby(sizes)]
-    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)

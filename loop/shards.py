@@ -8,10 +8,11 @@ part in every backward, which is what keeps the ranks' all-reduces in step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate as running_sum
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 Tail = Literal["spread", "ragged", "pad", "drop"]
@@ -145,3 +146,9 @@ class Shards:
         positions = sum(step.n_global for step in self.steps)
         seen = min(positions, self.examples)
         return Census(seen, duplicated=positions - seen, missing=self.examples - seen)
+
+
+def sizes_in_words(sizes: Sequence[int]) -> str:
+    """Return sizes in order, equal neighbours together: (33, 33, 32, 0) is "2 x 33, 32, 0"."""
+    runs = [(size, len(list(group))) for size, group in groupby(sizes)]
+    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)

@@ -1,0 +1,186 @@
+"""Show what an epoch's last step does on W ranks, under every tail and mode: by arithmetic, without torch.
+
+python -m scripts.explain --examples 60000 --batch-size 256 --world-size 8
+python -m scripts.explain --examples 1000 --batch-size 64 --world-size 3 --accumulate 2 --png cells.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from loop.config import Config, InputError
+from loop.reduction import Normalize, Reduction, example_weights
+from loop.shards import Shards, Tail, sizes_in_words
+
+LONGEST = 60  # characters of a list of sizes
+
+
+class Effect(NamedTuple):
+    """What a mode makes of a step. lightest, heaviest: weight of an example, times n. length: over the exact mean's."""
+
+    lightest: float
+    heaviest: float
+    length: float
+    lr_effective: float
+    drifts: bool
+
+
+def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
+    """Return what the configuration's mode makes of a step dealt to cells of these sizes."""
+    n, divisors = sum(sizes), config.divisors(sizes, world_size)
+    weights = example_weights(config.reduction, config.normalize, sizes)
+    applied = [weight * n / (divisors[0] or math.inf) for weight, size in zip(weights, sizes, strict=True) if size]
+    lr_effective = config.effective_lr(sizes, world_size)
+    length = lr_effective / config.learning_rate
+    return Effect(min(applied), max(applied), length, lr_effective, len(set(divisors)) > 1)
+
+
+def distributed_sampler(examples: int, batch_size: int, world_size: int) -> tuple[list[int], int]:
+    """Return (last batch of each rank, examples seen twice) under torch's DistributedSampler with drop_last=False.
+
+    It repeats the epoch's first examples until every rank has ceil(N / W), and each rank cuts its own into batches.
+    """
+    each, batch = -(-examples // world_size), max(1, batch_size // world_size)
+    return [each % batch or batch] * world_size, each * world_size - examples
+
+
+def of_ranks(sizes: Sequence[int], world_size: int) -> list[int]:
+    """Return the examples of each rank, over its micro-batches."""
+    return [sum(sizes[rank::world_size]) for rank in range(world_size)]
+
+
+def abridged(sizes: Sequence[int]) -> str:
+    """Return the sizes in words, cut in the middle where they are many."""
+    words = sizes_in_words(sizes)
+    return words if len(words) <= LONGEST else f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
+
+
+def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr: float) -> str:
+    """Return the whole explanation as text. Raises InputError for sizes below 1."""
+    config = Config(batch_size=batch_size, accumulate=accumulate, lr=lr)
+    spread = config.shards(examples, world_size)
+    lines = [
+        f"{examples} examples in batches of {batch_size}: {len(spread.steps)} steps; the last has "
+        f"{spread.steps[-1].n_global}. {world_size} rank(s) x {accumulate} micro-batch(es) = {spread.cells} cell(s).",
+        "",
+        f"{'last step dealt by':<20}{'twice':>7}{'never':>7}{'idle':>7}  examples of each rank",
+    ]
+    plans: dict[tuple[int, ...], list[str]] = {}
+    for tail in get_args(Tail):
+        try:
+            shards = Shards(examples, batch_size, world_size, accumulate, tail)
+        except ValueError as refusal:
+            lines.append(f"{tail:<20}{'':>21}  refused: {refusal}")
+            continue
+        sizes, census = shards.steps[-1].sizes, shards.census
+        ranks = of_ranks(sizes, world_size)
+        lines.append(
+            f"{tail:<20}{census.duplicated:>7}{census.missing:>7}{ranks.count(0):>7}  {abridged(ranks)}"
+            + (" (a full step: the incomplete one is dropped)" if census.missing else "")
+        )
+        plans.setdefault(sizes, []).append(tail)
+    ranks, twice = distributed_sampler(examples, batch_size, world_size)
+    lines.append(f"{'DistributedSampler':<20}{twice:>7}{0:>7}{0:>7}  {abridged(ranks)}")
+    for sizes, tails in plans.items():
+        lines += ["", *mode_table(config, sizes, tails, world_size)]
+    return "\n".join([*lines, "", advice(config, plans, world_size)])
+
+
+def mode_table(config: Config, sizes: Sequence[int], tails: list[str], world_size: int) -> list[str]:
+    """Return what each mode makes of a step of these sizes, a line a mode."""
+    lines = [
+        f"--tail {' or '.join(tails)}: n = {sum(sizes)}, cells of {abridged(sizes)}",
+        f"  {'mode':<24}{'weight of an example':>24}{'step / mean':>13}{'effective lr':>14}  replicas",
+    ]
+    for mode in modes(config):
+        light, heavy, length, lr_effective, drifts = effect(mode, sizes, world_size)
+        weight = f"{light:.4g}/n" if light == heavy else f"{light:.4g}/n to {heavy:.4g}/n"
+        name = f"{mode.reduction}, {mode.normalize}" + (", scratch" if mode.updater == "scratch" else "")
+        lines.append(
+            f"  {name:<24}{weight:>24}{length:>13.4g}{lr_effective:>14.4g}  {'drift apart' if drifts else 'agree'}"
+        )
+    return lines
+
+
+def modes(config: Config) -> list[Config]:
+    """Return the configuration in every mode, the scratch updater's last."""
+    choices = itertools.product(get_args(Reduction), get_args(Normalize))
+    torch = [replace(config, reduction=reduction, normalize=normalize) for reduction, normalize in choices]
+    return torch + [replace(mode, updater="scratch") for mode in torch]
+
+
+def advice(config: Config, plans: dict[tuple[int, ...], list[str]], world_size: int) -> str:
+    """Return in one sentence what to do."""
+    plain = replace(config, normalize="rank")
+    off = {tails[0]: effect(plain, sizes, world_size) for sizes, tails in plans.items() if len(set(sizes)) > 1}
+    if not off:
+        return (
+            "All cells are equal here, so a mean by rank is exact already; a sum still needs --normalize global, which "
+            "stays exact when the sizes change."
+        )
+    tail, worst = min(off.items(), key=lambda item: item[1].lightest)
+    weight = f"{worst.lightest:.4g}/n"
+    if worst.lightest != worst.heaviest:
+        weight += f" to {worst.heaviest:.4g}/n"
+    return (
+        f"Use --normalize global: every example then weighs 1/n; under --tail {tail}, a plain loop's mean gives it "
+        f"{weight}, and a step {worst.length:.4g} times the mean's."
+    )
+
+
+def draw(examples: int, config: Config, world_size: int, path: Path) -> None:
+    """Write a PNG of the last step's cells under each tail, coloured by an example's weight in a plain loop."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    rows = {}
+    for tail in get_args(Tail):
+        try:
+            sizes = Shards(examples, config.batch_size, world_size, config.accumulate, tail).steps[-1].sizes
+        except ValueError:
+            continue
+        weights = example_weights("mean", "rank", sizes)
+        rows[tail] = [weight * sum(sizes) if size else math.nan for size, weight in zip(sizes, weights, strict=True)]
+    figure = Figure(figsize=(8, 1 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.add_subplot(facecolor="lightgrey")
+    image = axes.imshow(np.array(list(rows.values())), aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(xlabel="cell, micro-batch by micro-batch, rank by rank (grey: empty)", title=(
+        f"Who counts how much in the last step: mean by rank, N = {examples}, "
+        f"batch {config.batch_size}, {len(next(iter(rows.values())))} cells"
+    ))  # fmt: skip
+    figure.colorbar(image, label="weight of an example, times n")
+    figure.savefig(path, dpi=150)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the explanation; draw it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=60_000, help="training examples, N")
+    parser.add_argument("--batch-size", type=int, default=256, help="examples in a step over all ranks")
+    parser.add_argument("--world-size", type=int, default=8, help="ranks, W")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step, K")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
+    parser.add_argument("--png", type=Path, help="draw the cells, coloured by weight, into this file")
+    flags = parser.parse_args(args)
+    try:
+        print(explain(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr))
+        if flags.png:
+            config = Config(batch_size=flags.batch_size, accumulate=flags.accumulate)
+            draw(flags.examples, config, flags.world_size, flags.png)
+            print(f"drawn into {flags.png}")
+    except (InputError, OSError) as error:
+        print(f"scripts.explain: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
