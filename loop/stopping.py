@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_S = 1  # between looks at whether the launcher is alive
 GRACE_S = 8  # torchrun kills 30 s after its SIGTERM, and ending a W&B run may take 20
 
 
@@ -29,7 +30,7 @@ class Stopped(Exception):  # noqa: N818  # an end, not an error
 
 
 class StopSignal:
-    """Notes the first SIGTERM or SIGINT, between `with` and its end.
+    """Notes the first SIGTERM or SIGINT, or the death of the launcher as a SIGTERM, between `with` and its end.
 
     signum: the signal noted, 0 for none. handled: to be set by whoever acts on it, or has no need to any more.
     last_resort: called in a thread, with the exit code, if nobody has within GRACE_S seconds; then the process ends.
@@ -43,6 +44,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
+        self.reader.settimeout(POLL_S)
+        self.parent = os.getppid() if "LOCAL_RANK" in os.environ else None
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno())
         self.old_handlers = [signal.signal(signum, self._noted) for signum in SIGNALS]
         self.thread = threading.Thread(target=self._watch, name="stop signal", daemon=True)
@@ -62,7 +65,16 @@ class StopSignal:
         """Do nothing: the interpreter has written the signal to the socket, where the thread reads it."""
 
     def _watch(self) -> None:
-        noted = self.reader.recv(1)
+        noted = None
+        while noted is None:
+            try:
+                noted = self.reader.recv(1)
+            except TimeoutError:
+                if self.parent not in (
+                    None,
+                    os.getppid(),
+                ):  # the launcher was killed, and with it whoever would stop us
+                    noted = bytes([signal.SIGTERM])
         if not noted:
             return
         self.signum = noted[0]

@@ -370,3 +370,18 @@ def test_a_signal_before_training_ends_the_w_and_b_run_too(stub: WandbStub, tmp_
     assert process.returncode == 143
     (arrived,) = stub.runs.values()
     assert (arrived["complete"], arrived["exit_code"]) == (True, 143)
+
+
+def test_ranks_whose_launcher_was_killed_end_themselves(tmp_path: Path) -> None:
+    process = start(TWO, tmp_path, *LONG, WANDB_MODE="offline")
+    run = wait_for_rows(tmp_path, 30)
+    ranks = [psutil.Process(pid) for pid in rank_pids(process)]
+    process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    for rank in alive:
+        rank.kill()
+    assert not alive, "within 20 s"
+    process.communicate()
+    stored = read_run(wandb_folder(run))
+    assert stored["exit_code"] == 143
+    assert [without_clock(row) for row in stored["history"]] == rows_of(run)
