@@ -17,13 +17,13 @@ import re
 import shlex
 import sys
 
+import wandb
 from pydantic import ValidationError
 from wandb.apis.public import BetaReport
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 from wandb_workspaces.reports import v2 as wr
 from wandb_workspaces.reports.v2.interface import BlockTypes, PanelTypes
 
-import wandb
 from loop.config import InputError
 from scripts.panels import SECTIONS, TEST_ACC, Panel, Section
 
