@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -89,7 +89,7 @@ class Config:
     """Project in Weights & Biases. Default: WANDB_PROJECT, or chapter3-data-parallel."""
     wandb_entity: str | None = None
     """User or team in Weights & Biases. Default: yours."""
-    check: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    check: bool = False
     """Validate everything that one process can validate, fetch the data if need be, then exit."""
 
     @property
@@ -138,16 +138,15 @@ class Config:
 
     def validate(self) -> None:
         """Raise InputError for the first flag, or pair of flags, that makes no sense."""
-        for flag in ("batch_size", "accumulate", "epochs", "log_every"):
-            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be at least 1")
-        _require(self.train_examples is None or self.train_examples >= 1, "train_examples", self.train_examples,
-                 "must be at least 1")  # fmt: skip
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2^63 - 1")
-        _require(_positive(self.learning_rate), "lr", self.lr, "must be a finite number above 0")
-        _require(self.clip_norm is None or _positive(self.clip_norm), "clip_norm", self.clip_norm,
-                 "must be a finite number above 0")  # fmt: skip
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1")
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be finite, 0 or more")
+        at_least_1 = ("batch_size", "accumulate", "epochs", "log_every")
+        for flag in at_least_1 if self.train_examples is None else (*at_least_1, "train_examples"):
+            self._require(getattr(self, flag) >= 1, flag, "must be at least 1")
+        self._require(0 <= self.seed < 2**63, "seed", "must be from 0 to 2^63 - 1")
+        self._require(0 < self.learning_rate < math.inf, "lr", "must be a finite number above 0")
+        if self.clip_norm is not None:
+            self._require(0 < self.clip_norm < math.inf, "clip_norm", "must be a finite number above 0")
+        self._require(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
+        self._require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite, 0 or more")
         if self.run_name is not None:
             check_run_name(self.run_name)
         self._refuse_contradictions()
@@ -163,6 +162,9 @@ class Config:
         _refuse(not there.is_dir(), f"--out {self.out}: {there} is not a folder")
         _refuse(not os.access(there, os.W_OK), f"--out {self.out}: {there} cannot be written to")
         _refuse(taken, f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name")
+
+    def _require(self, holds: bool, flag: str, rule: str) -> None:
+        _refuse(not holds, f"--{flag.replace('_', '-')} {getattr(self, flag)} {rule}")
 
     def _refuse_contradictions(self) -> None:
         if self.updater == "scratch":
@@ -204,18 +206,9 @@ def parse(args: list[str] | None = None, *, quiet: bool = False) -> Config:
 def check_run_name(name: str) -> None:
     """Raise InputError unless the name can be a folder's and W&B's."""
     plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
-    _require(plain, "run_name", repr(name), "must be a plain name: letters, digits, '_', '-' and '.'")
-
-
-def _require(holds: bool, flag: str, value: object, rule: str) -> None:
-    if not holds:
-        raise InputError(f"--{flag.replace('_', '-')} {value} {rule}")
+    _refuse(not plain, f"--run-name {name!r} must be a plain name: letters, digits, '_', '-' and '.'")
 
 
 def _refuse(contradiction: bool, message: str) -> None:
     if contradiction:
         raise InputError(message)
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
