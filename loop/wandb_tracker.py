@@ -149,6 +149,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             mode=mode,  # type: ignore[arg-type]
             dir=str(folder),
             id=values["wandb_id"],
+            resume="allow",  # the same id goes on with the same curves
             name=folder.name,
             project=self.config.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=self.config.wandb_entity,

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from loop.wandb_tracker import count_rows
+from loop.config import Config
+from loop.wandb_tracker import Mode, WandbTracker, count_rows
 from tests.launches import LAUNCHES, kill, launch, rank_pids, rows_of, start
 from tests.wandb_reader import read_run
 from tests.wandb_stub import KEY, WandbStub
@@ -257,6 +259,22 @@ def test_rows_lost_by_w_and_b_are_counted(offline: tuple[Path, str], tmp_path: P
     part = count_rows(tmp_path)
     assert part == len(read_run(tmp_path)["history"])
     assert 0 < part < whole
+
+
+def test_the_same_id_goes_on_with_the_same_online_run(stub: WandbStub, tmp_path: Path) -> None:
+    values = {"wandb_id": "abc123", "last_step_sizes": [2, 1], "world_size": 2}
+    for first in (0, 3):
+        (folder := tmp_path / str(first)).mkdir()
+        jsonl = SimpleNamespace(folder=folder, count=lambda: 3)
+        tracker = WandbTracker(Config(), Mode("online", "a test"), jsonl)
+        tracker.store_init_configuration(values)
+        for i in range(first, first + 3):
+            tracker.log({"examples": 10 * i, "step": i, "train/loss": 1 / (1 + i)}, step=i)
+        tracker.exit_code = 143
+        tracker.finish()
+    (arrived,) = stub.runs.values()
+    assert [row["examples"] for row in arrived["history"]] == [0, 10, 20, 30, 40, 50]
+    assert [row["_step"] for row in arrived["history"]] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("environ", [{"WANDB_BASE_URL": "nonsense"}, {"WANDB_MODE": "nonsense"}])
