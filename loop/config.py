@@ -105,10 +105,13 @@ class Config:
         sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank. Where the scratch updater's
         ranks differ, it is rank 0's.
         """
-        weights = example_weights(self.reduction, self.normalize, sizes)
-        length = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-        divisor = self.divisors(sizes, world_size)[0]
-        return self.learning_rate * length / divisor if divisor else 0.0
+        weights = self.applied_weights(sizes, world_size)
+        return self.learning_rate * sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+
+    def applied_weights(self, sizes: Sequence[int], world_size: int) -> list[float]:
+        """Return the weight of one example of each cell in rank 0's update: every rank's, but for `divisors`."""
+        divisor = self.divisors(sizes, world_size)[0] or math.inf
+        return [weight / divisor for weight in example_weights(self.reduction, self.normalize, sizes)]
 
     def divisors(self, sizes: Sequence[int], world_size: int) -> list[int]:
         """Return what each rank's updater divides the gradient by: torch's by 1; 0 stands for no update."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from loop.book import unmet_thresholds
 from loop.config import Config
-from loop.reduction import example_weights
 from loop.shards import Shards, sizes_in_words
 
 
@@ -44,9 +43,8 @@ def last_batch(config: Config, shards: Shards) -> str:
     """Return one plain sentence on what the all-reduce did to the epoch's last batch."""
     sizes, ranks = shards.steps[-1].sizes, shards.world_size
     n, census = sum(sizes), shards.census
-    weights = example_weights(config.reduction, config.normalize, sizes)
-    divisors = config.divisors(sizes, ranks)
-    cells = [(size, weight * n / (divisors[0] or 1)) for size, weight in zip(sizes, weights, strict=True) if size]
+    weights, divisors = config.applied_weights(sizes, ranks), config.divisors(sizes, ranks)
+    cells = [(size, weight * n) for size, weight in zip(sizes, weights, strict=True) if size]
     (smallest, light), (largest, heavy) = min(cells), max(cells)
 
     dealt = (

@@ -54,7 +54,6 @@ class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
     name = "jsonl"
     requires_logging_directory = False
-    exit_code = 0
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Append a row."""
         assert self.rows, "rows come after the start"
-        self.rows.write(json.dumps(_plain(values), allow_nan=False) + "\n")
+        self.rows.write(json.dumps(plain(values), allow_nan=False) + "\n")
 
     def finish(self) -> None:
         """Close metrics.jsonl."""
@@ -107,7 +106,7 @@ def finish(accelerator: Accelerator, exit_code: int) -> None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file for people to read, whole or not at all."""
     scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(_plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     scratch.replace(path)
 
 
@@ -152,12 +151,12 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _plain(value: Any) -> Any:
-    """Return the value in JSON's types."""
+def plain(value: Any) -> Any:
+    """Return the value in JSON's types, as `JsonlTracker` says."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value

@@ -21,7 +21,7 @@ from accelerate.tracking import GeneralTracker
 
 from loop.config import Config, InputError
 from loop.reduction import example_weights
-from loop.tracking import JsonlTracker
+from loop.tracking import JsonlTracker, plain
 
 PROJECT = "chapter3-data-parallel"
 REQUEST_S, INIT_S, FINISH_S = 8, 5, 15  # W&B adds up to 13 s of its own to INIT_S
@@ -157,7 +157,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             job_type="train",
             tags=list(self.config.tags),
             notes=self.config.notes,
-            config={key: str(value) if isinstance(value, Path) else value for key, value in values.items()},
+            config=plain(values),
             settings=wandb.Settings(
                 silent=True,
                 x_transaction_log_flush_interval=1,

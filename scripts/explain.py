@@ -35,8 +35,8 @@ class Effect(NamedTuple):
 def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
     """Return what the configuration's mode makes of a step dealt to cells of these sizes."""
     n, divisors = sum(sizes), config.divisors(sizes, world_size)
-    weights = example_weights(config.reduction, config.normalize, sizes)
-    applied = [weight * n / (divisors[0] or math.inf) for weight, size in zip(weights, sizes, strict=True) if size]
+    weights = config.applied_weights(sizes, world_size)
+    applied = [weight * n for weight, size in zip(weights, sizes, strict=True) if size]
     lr_effective = config.effective_lr(sizes, world_size)
     length = lr_effective / config.learning_rate
     return Effect(min(applied), max(applied), length, lr_effective, len(set(divisors)) > 1)
