@@ -1,7 +1,7 @@
 """Measure how far from one process's weights each way of training on W ranks ends, and how far apart its replicas.
 
     pip install -r scripts/requirements-peers.txt         # Lightning and transformers; without them their rows say so
-    python -m scripts.peers                               # about four minutes on two cores, without a GPU
+    python -m scripts.peers                               # about three minutes on two cores, without a GPU
     python -m scripts.peers --only Accelerate --examples 1000 --world-size 2 --json peers.json
 
 Same data, net, order of examples and learning rate, float64, one epoch, 64 examples a rank: scripts/peer_loops.py has
