@@ -104,17 +104,12 @@ def text_in_steps(size: int = 16) -> list[list[bytes]]:
     return [lines[i : i + size] for i in range(0, len(lines), size)]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--way", choices=get_args(Way), default="global", help="how a token's loss is weighed")
-    flags.add_argument("--accumulate", type=int, default=1, choices=range(1, 17), metavar="K", help="micro-batches")
-    return flags
-
-
 def main() -> None:
     """Train, compare, print on rank 0."""
-    flags, world_size = parser().parse_args(), launched_world_size()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--way", choices=get_args(Way), default="global", help="how a token's loss is weighed")
+    parser.add_argument("--accumulate", type=int, default=1, choices=range(1, 17), metavar="K", help="micro-batches")
+    flags, world_size = parser.parse_args(), launched_world_size()
     if world_size > 1:
         dist.init_process_group("gloo")
     steps = text_in_steps()

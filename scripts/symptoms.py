@@ -99,7 +99,7 @@ def scheduler_too_fast(fixed: bool) -> Shown:
 
 
 def uneven_hang(fixed: bool, patience_s: float = PATIENCE_S) -> Shown:
-    """Uneven inputs hang: a rank with one batch more waits in its all-reduce for ranks that have none left.
+    """Uneven inputs hang: a rank with one batch more waits in its next collective for ranks that have none left.
 
     The cure gives every rank as many batches, some empty. (`join_uneven_inputs` does nothing on CPU ranks.)
     """
@@ -169,17 +169,12 @@ def report(name: str, fixed: bool) -> str:
     return f"{quantity}\n{ranks}: {here if isinstance(here, str) else f'{here:g}'}\none process: {one_process:g}"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line; `main` checks the name, so that one rank speaks for all."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("name", nargs="?", help="the symptom; without one, all are listed")
-    flags.add_argument("--fixed", action="store_true", help="the right number in place of the wrong one")
-    return flags
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """List the symptoms, or show one; return the exit code."""
-    flags = parser().parse_args(args)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="the symptom; without one, all are listed")
+    parser.add_argument("--fixed", action="store_true", help="the right number in place of the wrong one")
+    flags = parser.parse_args(args)
     said, error = "", ""
     if flags.name and flags.name not in SYMPTOMS:
         error = f"there is no {flags.name}: choose from {', '.join(SYMPTOMS)}"
