@@ -63,11 +63,12 @@ def train(config: Config) -> int:
 
     from loop import console
     from loop.animator import Animator
+    from loop.audit import Audit
     from loop.book import CURVES, train_ch3
     from loop.data import EvalBatches, TrainBatches, load
     from loop.nets import make_net
     from loop.runlog import RunLog
-    from loop.stopping import Stopped, StopSignal
+    from loop.stopping import RunEnded, StopSignal
     from loop.tracking import JsonlTracker, describe, finish, write_json
     from loop.updater import make_updater
     from loop.wandb_tracker import make_tracker
@@ -91,13 +92,16 @@ def train(config: Config) -> int:
 
             torch.manual_seed(config.seed)
             net = accelerator.prepare(make_net(config.net).to(dtype))
-            log = RunLog(accelerator, config, shards, net, stop, animator)
+            loss = nn.CrossEntropyLoss(reduction="none")
+            log = RunLog(accelerator, config, shards, net, Audit(net, loss, config.intended), stop, animator)
             updater = make_updater(accelerator, net, config, log.on_gradient)
             train_ch3(
                 net,
-                TrainBatches(train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype),
+                TrainBatches(
+                    train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=log.on_cell
+                ),
                 EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype),
-                nn.CrossEntropyLoss(reduction="none"),
+                loss,
                 config.epochs,
                 updater,
                 after_cell=log.after_cell,
@@ -110,11 +114,11 @@ def train(config: Config) -> int:
                 write_json(jsonl.folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
                 print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
             exit_code = 0
-        except Stopped as stopped:
-            exit_code = stopped.exit_code
+        except RunEnded as ended:
+            exit_code = ended.exit_code
             log.close()
             if accelerator.is_main_process:
-                print(f"train.py: {stopped} after step {log.step}; its rows are in {jsonl.folder}", file=sys.stderr)
+                print(f"train.py: {ended} after step {log.step}; its rows are in {jsonl.folder}", file=sys.stderr)
         finally:
             stop.handled.set()
             finish(accelerator, exit_code)

@@ -37,7 +37,7 @@ class Accumulator:
     def add(self, *args: float | Tensor) -> None:
         """Add one number, or scalar tensor, to each sum."""
         for i, value in enumerate(args):
-            self.data[i] += value.detach().to(_widest(value.device)) if isinstance(value, Tensor) else value
+            self.data[i] += value.detach().to(widest(value.device)) if isinstance(value, Tensor) else value
 
     def reset(self) -> None:
         """Set every sum to 0."""
@@ -46,7 +46,7 @@ class Accumulator:
     def all_reduce(self) -> None:
         """Replace each sum by its sum over all ranks: one collective, in which every rank must take part."""
         device = next((value.device for value in self.data if isinstance(value, Tensor)), torch.device("cpu"))
-        sums = torch.stack([torch.as_tensor(value, dtype=_widest(device), device=device) for value in self.data])
+        sums = torch.stack([torch.as_tensor(value, dtype=widest(device), device=device) for value in self.data])
         dist.all_reduce(sums)
         self.data = list(sums)
 
@@ -222,8 +222,9 @@ def unmet_thresholds(train_loss: float, train_acc: float, test_acc: float) -> li
 
 def _loss_sum(l: Tensor, y: Tensor) -> Tensor:
     """Return the sum of a batch's losses, of one loss an example or regained from their mean (`float(l) * len(y)`)."""
-    return l.detach().sum(dtype=_widest(l.device)) if l.dim() else l.detach() * len(y)
+    return l.detach().sum(dtype=widest(l.device)) if l.dim() else l.detach() * len(y)
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
+    """Return the device's widest float: float64, but on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64

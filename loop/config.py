@@ -83,6 +83,10 @@ class Config:
     """A remark to keep with the run."""
     log_every: int = 50
     """Steps between step rows in metrics.jsonl."""
+    audit_every: int = 0
+    """Steps between gradient audits; every uneven step is audited too. 0: none."""
+    audit_fail: float | None = None
+    """End the run where an audited gradient's relative error, or the replicas' drift, is above this."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: as WANDB_MODE says, else online if logged in and the server answers, else offline."""
     wandb_project: str | None = None
@@ -107,6 +111,11 @@ class Config:
         """
         weights = self.applied_weights(sizes, world_size)
         return self.learning_rate * sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+
+    @property
+    def intended(self) -> Reduction:
+        """What a step is meant to apply: scratch divides its sum, so only `torch.optim` after a sum applies the sum."""
+        return "sum" if self.reduction == "sum" and self.updater == "torch" else "mean"
 
     def applied_weights(self, sizes: Sequence[int], world_size: int) -> list[float]:
         """Return the weight of one example of each cell in rank 0's update: every rank's, but for `divisors`."""
@@ -150,6 +159,9 @@ class Config:
             self._require(0 < self.clip_norm < math.inf, "clip_norm", "must be a finite number above 0")
         self._require(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
         self._require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite, 0 or more")
+        self._require(self.audit_every >= 0, "audit_every", "must be 0 or more")
+        if self.audit_fail is not None:
+            self._require(0 <= self.audit_fail < math.inf, "audit_fail", "must be a finite number, 0 or more")
         if self.run_name is not None:
             check_run_name(self.run_name)
         self._refuse_contradictions()
@@ -170,6 +182,10 @@ class Config:
         _refuse(not holds, f"--{flag.replace('_', '-')} {getattr(self, flag)} {rule}")
 
     def _refuse_contradictions(self) -> None:
+        _refuse(
+            self.audit_fail is not None and self.audit_every == 0,
+            "--audit-fail needs --audit-every: 1 audits every step",
+        )
         if self.updater == "scratch":
             _refuse(self.optimizer != "sgd", "--updater scratch is the book's sgd: leave out --optimizer")
             _refuse(self.momentum > 0, "--updater scratch has no momentum: use --updater torch")

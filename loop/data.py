@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +63,21 @@ class TrainBatches:
     """One rank's cells of every step, as (X, y, cell); each pass is the next epoch, in that epoch's own order.
 
     X: floats (n_local, 1, 28, 28). y: int64 (n_local,). cell: which share of which step they are (loop/shards.py).
-    epoch: the number of the next pass, from 0.
+    on_cell: called as on_cell(X, y, cell) with each before it is yielded. epoch: the number of the next pass, from 0.
     """
 
     def __init__(
-        self, split: Split, shards: Shards, *, rank: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32
-    ):
+        self,
+        split: Split,
+        shards: Shards,
+        *,
+        rank: int = 0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        on_cell: Callable[[Tensor, Tensor, Cell], None] | None = None,
+    ) -> None:
         self.split, self.shards, self.rank, self.seed, self.dtype = split, shards, rank, seed, dtype
+        self.on_cell = on_cell
         self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Cell]]:
@@ -81,7 +89,10 @@ class TrainBatches:
         for cell, positions in self.shards.of_rank(self.rank):
             chosen = order[positions.start : positions.stop]
             X = as_floats(self.split.images.index_select(0, chosen), self.dtype)
-            yield X, self.split.labels.index_select(0, chosen), cell
+            y = self.split.labels.index_select(0, chosen)
+            if self.on_cell:
+                self.on_cell(X, y, cell)
+            yield X, y, cell
         self.epoch += 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 from accelerate import Accelerator
@@ -9,18 +10,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loop.animator import Animator
-from loop.audit import replica_drift
+from loop.audit import Audit, Reading, replica_drift
 from loop.book import Accumulator, Epoch
 from loop.config import Config
 from loop.shards import Cell, Shards
-from loop.stopping import Stopped, StopSignal
+from loop.stopping import RunEnded, Stopped, StopSignal
+
+AUDIT_KEYS = ("audit/grad_rel_err", "audit/grad_cosine", "audit/grad_scale", "audit/replica_drift")
+
+
+class AuditFailed(RunEnded):
+    """An audited step was further off than `--audit-fail` allows."""
 
 
 class RunLog:
     """Turns what the loop reports into step rows and epoch rows, reduced over all ranks, and a progress bar.
 
-    `on_gradient`, `after_cell` and `after_epoch` are the loop's callbacks; every rank must make the same calls.
-    A signal to any rank raises `Stopped` on all of them, after the next step row.
+    `on_cell`, `on_gradient`, `after_cell` and `after_epoch` are the loop's callbacks: the same calls on every rank. A
+    step gets a row every `--log-every` steps, and where it is audited. Together all ranks raise `Stopped` at the first
+    kind of row, if any had a signal, and `AuditFailed` at the second, if the audit found too much.
     summary: the last epoch's row.
     """
 
@@ -30,11 +38,12 @@ class RunLog:
         config: Config,
         shards: Shards,
         net: nn.Module,
+        audit: Audit,
         stop: StopSignal,
         animator: Animator | None = None,
     ) -> None:
         self.accelerator, self.config, self.shards, self.net = accelerator, config, shards, net
-        self.stop, self.animator = stop, animator
+        self.audit, self.stop, self.animator = audit, stop, animator
         self.epoch, self.step, self.examples = 1, 0, 0
         self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
         self.bar = tqdm(
@@ -44,50 +53,70 @@ class RunLog:
             disable=None if accelerator.is_main_process else True,  # None: quiet where stderr is no terminal
         )
 
-    @property
-    def due(self) -> bool:
-        """Whether the step under way gets a row."""
-        return (self.step + 1) % self.config.log_every == 0
+    def on_cell(self, X: Tensor, y: Tensor, cell: Cell) -> None:
+        """Decide, where a step begins, whether it gets a row and an audit, which is shown all its cells."""
+        if cell.first:
+            number, audit_every = self.step + 1, self.config.audit_every
+            self.audited = audit_every > 0 and (number % audit_every == 0 or len(set(cell.step.sizes)) > 1)
+            self.due = number % self.config.log_every == 0
+        if self.audited:
+            self.audit.saw(X, y)
 
-    def on_gradient(self, cell: Cell) -> None:
-        """Note the norm of the step's gradient, before clipping."""
+    def on_gradient(self, cell: Cell, divisor: int) -> None:
+        """Audit the step's gradient and note its norm, before clipping."""
+        if self.audited:
+            self.audit.compare(divisor)
         if self.due:
             self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
 
     def after_cell(self, cell: Cell, *sums: Tensor | int) -> None:
-        """Count a cell; after a step's last, advance the bar and, where a row is due, reduce and log it."""
+        """Count a cell; after a step's last, advance the bar and log the row that the step gets, if any."""
         if self.due:
             self.sums.add(*sums)
         if not cell.last:
             return
-        row_due = self.due
         self.step += 1
         self.examples += cell.step.n_global
         self.bar.update()
-        if row_due:
-            self._log_step(cell)
+        if self.due or self.audited:
+            self._log_step(cell.step.sizes)
 
-    def _log_step(self, cell: Cell) -> None:
-        sizes = cell.step.sizes
-        self.sums.add(0, 0, 0, self.stop.signum != 0)
-        if self.accelerator.num_processes > 1:
-            self.sums.all_reduce()
-        loss, acc, stops = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2], self.sums[3]
-        self.sums.reset()
-        rate = self.bar.format_dict["rate"] or 0.0
-        self._show(loss, acc, rate * self.config.batch_size)
-        self._log(
-            {
-                "step/loss": loss,
-                "step/grad_norm": float(self.grad_norm),
-                "step/n_global": cell.step.n_global,
-                "step/n_min": min(sizes),
-                "step/n_max": max(sizes),
-                "step/lr_effective": self.config.effective_lr(sizes, self.shards.world_size),
-            }
-        )
+    def _log_step(self, sizes: tuple[int, ...]) -> None:
+        stops, row = 0.0, {}
+        if self.due:
+            self.sums.add(0, 0, 0, self.stop.signum != 0)
+            if self.accelerator.num_processes > 1:
+                self.sums.all_reduce()
+            loss, acc, stops = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2], self.sums[3]
+            self.sums.reset()
+            self._show(loss, acc, (self.bar.format_dict["rate"] or 0.0) * self.config.batch_size)
+            row = {"step/loss": loss, "step/grad_norm": float(self.grad_norm)}
+        row |= {
+            "step/n_global": sum(sizes),
+            "step/n_min": min(sizes),
+            "step/n_max": max(sizes),
+            "step/lr_effective": self.config.effective_lr(sizes, self.shards.world_size),
+        }
+        if self.audited:
+            reading = self.audit.readings[-1]
+            row |= dict(zip(AUDIT_KEYS, reading[:-1], strict=True))
+        self._log(row)
+        if self.audited:
+            self._check_audit(reading)
         if stops:
             raise Stopped(self.stop.signum or signal.SIGTERM)
+
+    def _check_audit(self, reading: Reading) -> None:
+        """Raise AuditFailed for more than `--audit-fail` allows, but in a step that fp16's overflow skips."""
+        config, excess = self.config, max(reading.grad_rel_err, reading.replica_drift)
+        skipped = self.accelerator.scaler is not None and not math.isfinite(excess)
+        if config.audit_fail is not None and not excess <= config.audit_fail and not skipped:
+            raise AuditFailed(
+                f"audit failed: rank {reading.rank}'s gradient is {reading.grad_rel_err:.3g} (relative) off one "
+                f"process's, the replicas {reading.replica_drift:.3g} apart, more than --audit-fail allows "
+                f"({config.audit_fail:g}), under --reduction {config.reduction} --normalize {config.normalize} "
+                f"--tail {config.tail} --updater {config.updater},"
+            )
 
     def after_epoch(self, epoch: Epoch) -> None:
         """Log an epoch's row and draw its points."""

@@ -21,7 +21,13 @@ POLL_S = 1  # between looks at whether the launcher is alive
 GRACE_S = 8  # torchrun kills 30 s after its SIGTERM, and ending a W&B run may take 20
 
 
-class Stopped(Exception):  # noqa: N818  # an end, not an error
+class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to together
+    """All ranks end the run here; what it is called with says why."""
+
+    exit_code = 1
+
+
+class Stopped(RunEnded):
     """All ranks agreed to stop, on a signal."""
 
     def __init__(self, signum: int) -> None:

@@ -20,7 +20,8 @@ class CellUpdater:
     """Turns each cell's losses into its share of the step, and takes the step after the last (an `Updater`).
 
     net: as `accelerator.prepare` returned it. optimizer: None for the scratch updater.
-    on_gradient: called with the cell once a step's gradient is whole (all-reduced, unscaled), before it is clipped.
+    on_gradient: called as on_gradient(cell, divisor) once a step's gradient is whole (all-reduced, unscaled), before it
+    is clipped. divisor: what this rank's update divides it by: 1 but for the scratch updater, 0 for no update.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class CellUpdater:
         net: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         config: Config,
-        on_gradient: Callable[[Cell], None] | None = None,
+        on_gradient: Callable[[Cell, int], None] | None = None,
     ) -> None:
         self.accelerator, self.net, self.optimizer, self.config = accelerator, net, optimizer, config
         self.on_gradient = on_gradient
@@ -62,22 +63,24 @@ class CellUpdater:
             return
         if isinstance(self.optimizer, AcceleratedOptimizer):  # fp16: the gradient is scaled until here
             self.accelerator.unscale_gradients(self.optimizer)
-        if self.on_gradient:
-            self.on_gradient(self.cell)
+        config, divisor = self.config, 1
         if self.optimizer is None:
-            config, n_global = self.config, self.cell.step.n_global
+            n_global = self.cell.step.n_global
             divisor = sgd_batch_size(config.reduction, config.normalize, n_last=batch_size, n_global=n_global)
+        if self.on_gradient:
+            self.on_gradient(self.cell, divisor)
+        if self.optimizer is None:
             sgd(self.params, config.learning_rate, divisor)
             return
-        if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.params, config.clip_norm)
         self.optimizer.step()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.skipped_steps += self.optimizer.step_was_skipped
 
 
 def make_updater(
-    accelerator: Accelerator, net: nn.Module, config: Config, on_gradient: Callable[[Cell], None] | None = None
+    accelerator: Accelerator, net: nn.Module, config: Config, on_gradient: Callable[[Cell, int], None] | None = None
 ) -> CellUpdater:
     """Return the updater that the flags ask for. net: as `accelerator.prepare` returned it."""
     if config.updater == "scratch":

@@ -2,7 +2,7 @@
 
 python -m scripts.bench                                      one process, and each loop's peak memory
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m scripts.bench    two ranks, against a bare DDP loop
-    python -m scripts.bench --wandb-pairs 32                          what W&B offline costs an epoch
+    python -m scripts.bench --cost wandb --pairs 32                   what W&B offline costs an epoch
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ from loop.book import train_epoch_ch3
 from loop.config import Config, parse
 from loop.data import Split, TrainBatches, load
 from loop.fetch import provide
+from loop.launch import launched_rank, launched_world_size
 from loop.nets import make_net
 from loop.updater import make_updater
 
 BATCH_SIZE = 256
+COSTS = {  # flags of train.py with what may cost, and without
+    "audit": (["--audit-every", "1"], ["--audit-every", "0"]),
+    "global": (["--normalize", "global"], ["--normalize", "rank"]),
+    "wandb": (["--wandb", "offline"], ["--wandb", "disabled"]),
+}
 Epoch = Callable[[], object]
 
 
@@ -97,22 +103,26 @@ def ours(split: Split, accelerator: Accelerator) -> Epoch:
     return lambda: train_epoch_ch3(net, batches, loss, updater)
 
 
-def wandb_cost(pairs: int) -> None:
-    """Train pairs of runs, W&B offline and disabled in turn, and print the ratio of their epoch times."""
-    seconds: dict[str, list[float]] = {"offline": [], "disabled": []}
+def cost(of: str, pairs: int, net: str) -> None:
+    """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
+    seconds: list[list[float]] = [[], []]
     with tempfile.TemporaryDirectory() as out, Path(os.devnull).open("w") as devnull:
         for i in range(pairs + 1):
-            for mode in ("offline", "disabled") if i % 2 else ("disabled", "offline"):
-                flags = ["--epochs", "3", "--wandb", mode, "--out", out, "--run-name", f"{mode}-{i}"]
-                with contextlib.redirect_stdout(devnull):
-                    train.train(parse(flags))
-                rows = (Path(out) / f"{mode}-{i}" / "metrics.jsonl").read_text().splitlines()
-                times = [row["time/epoch_s"] for row in map(json.loads, rows) if "time/epoch_s" in row]
-                seconds[mode] += [statistics.median(times)] if i else []  # the first pair is a warm-up
-    logs = [math.log(a / b) for a, b in zip(seconds["offline"], seconds["disabled"], strict=True)]
-    mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(pairs)
-    low, high = (math.exp(mean + t * error) for t in (-2.04, 2.04))  # Student's t, some 30 degrees of freedom
-    print(f"W&B offline / disabled, epoch time: {math.exp(mean):.3f}, 95 % from {low:.3f} to {high:.3f}, n = {pairs}")
+            for side in (0, 1) if i % 2 else (1, 0):
+                folder = Path(out) / f"{i}-{side}"
+                place = ["--out", out, "--run-name", folder.name]
+                with contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
+                    train.train(parse(["--epochs", "3", "--wandb", "disabled", "--net", net, *COSTS[of][side], *place]))
+                if i and launched_rank() == 0:  # the first pair is a warm-up
+                    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+                    seconds[side].append(statistics.median(row["time/epoch_s"] for row in rows if "train/loss" in row))
+    if launched_rank() == 0:
+        logs = [math.log(a / b) for a, b in zip(*seconds, strict=True)]
+        mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(pairs)
+        low, high = (math.exp(mean + t * error) for t in (-2.04, 2.04))  # Student's t, some 30 degrees of freedom
+        sides = " / ".join(" ".join(flags) for flags in COSTS[of])
+        print(f"{net}, {launched_world_size()} rank(s): {sides}, epoch time: {math.exp(mean):.3f}, "
+              f"95 % from {low:.3f} to {high:.3f}, n = {pairs}")  # fmt: skip
 
 
 def main() -> None:
@@ -120,10 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="epochs of each loop")
     parser.add_argument("--only", choices=["bare", "ours"], help="run two epochs of this loop, print peak memory in MB")
-    parser.add_argument("--wandb-pairs", type=int, help="pairs of runs with W&B offline and disabled; 30 or more")
+    parser.add_argument("--cost", choices=COSTS, help="train pairs of runs with and without this instead")
+    parser.add_argument("--pairs", type=int, default=32, help="of --cost; 30 or more")
+    parser.add_argument("--net", choices=["softmax", "mlp", "lenet"], default="softmax", help="of --cost")
     args = parser.parse_args()
-    if args.wandb_pairs:
-        wandb_cost(args.wandb_pairs)
+    if args.cost:
+        cost(args.cost, args.pairs, args.net)
         return
     config = Config()
     accelerator = Accelerator(cpu=True)

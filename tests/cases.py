@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loop.audit import Audit, Reading
 from loop.book import Epoch, train_ch3
 from loop.config import Config
 from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order
@@ -38,33 +40,45 @@ class Trained:
     weights: Weights
     epochs: list[Epoch]
     gradients: list[Tensor]
+    readings: list[Reading]
 
 
 def train_here(config: Config, examples: int) -> Trained:
-    """Train on this rank's cells of the toy set, as train.py does; to be called on every rank."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=config.accumulate)
+    """Train on this rank's cells of the toy set, as train.py does, auditing all or none; call it on every rank."""
+    AcceleratorState._reset_state()  # of an earlier test's precision; the group of ranks stays
+    accelerator = Accelerator(
+        cpu=True, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulate
+    )
     rank, world_size, dtype = accelerator.process_index, accelerator.num_processes, getattr(torch, config.dtype)
     torch.manual_seed(config.seed)
     net = accelerator.prepare(make_net(config.net).to(dtype))
     shards = config.shards(examples, world_size)
-    train_iter = TrainBatches(toy_split(examples), shards, rank=rank, seed=config.seed, dtype=dtype)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    audit = Audit(net, loss, config.intended)
+
+    def show_audit(X: Tensor, y: Tensor, cell: Cell) -> None:
+        if config.audit_every:
+            audit.saw(X, y)
+
+    train_iter = TrainBatches(toy_split(examples), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=show_audit)
     test_iter = EvalBatches(toy_split(TEST_EXAMPLES, 1), rank=rank, world_size=world_size, dtype=dtype, batch_size=5)
     gradients: list[Tensor] = []
     epochs: list[Epoch] = []
 
-    def keep_gradient(_: Cell) -> None:
+    def keep_gradient(_: Cell, divisor: int) -> None:
         gradients.append(flat_gradient(net))
+        audit.compare(divisor)
 
     train_ch3(
         net,
         train_iter,
         test_iter,
-        nn.CrossEntropyLoss(reduction="none"),
+        loss,
         config.epochs,
         make_updater(accelerator, net, config, keep_gradient),
         after_epoch=epochs.append,
     )
-    return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients)
+    return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, audit.readings)
 
 
 def flat_gradient(net: nn.Module) -> Tensor:
@@ -106,7 +120,7 @@ def train_plainly(config: Config, examples: int) -> Trained:
         epochs.append(
             Epoch(epoch + 1, float(loss_sum) / count, correct / count, float(test_loss), float(test_acc), 0.0)
         )
-    return Trained(net.state_dict(), epochs, gradients)
+    return Trained(net.state_dict(), epochs, gradients, [])
 
 
 def plain_batches(config: Config, examples: int, epoch: int) -> list[Tensor]:

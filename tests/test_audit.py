@@ -1,0 +1,268 @@
+"""The audit says what is wrong by exactly as much as it is, changes nothing, and refuses what has no one gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from loop.audit import Audit, Reading, audit
+from loop.config import Config
+from loop.data import as_floats, epoch_order
+from loop.nets import make_net
+from loop.shards import Shards
+from tests.cases import toy_config, toy_split, train_here
+from tests.launches import LAUNCHES, launch, rows_of
+from tests.ranks import World
+
+EXAMPLES, BATCH_SIZE = 29, 12  # steps of 12, 12 and 5, which ragged deals as 3, 2, 0, 0 to four ranks
+
+
+def simulated(config: Config, world_size: int) -> list[list[Tensor]]:
+    """What the audit must say of each step of softmax regression: (error, cosine, scale, drift) of each rank.
+
+    One process plays all ranks: a weight matrix each, so that those of the scratch updater may drift apart.
+    """
+    split, order = toy_split(EXAMPLES), epoch_order(EXAMPLES, config.seed, 0)
+    torch.manual_seed(config.seed)
+    replicas = [torch.cat([p.detach().double().flatten() for p in make_net("softmax").parameters()])] * world_size
+    steps = []
+    for step in Shards(EXAMPLES, BATCH_SIZE, world_size, config.accumulate, config.tail).steps:
+        cells = [order[step.start + a : step.start + b] for a, b in zip(step.offsets, step.offsets[1:], strict=False)]
+        summed = [
+            summed_gradient(replicas[i % world_size], as_floats(split.images[cell], torch.float64), split.labels[cell])
+            for i, cell in enumerate(cells)
+        ]
+        n, count = step.n_global, len(cells)
+        scale = {
+            ("mean", "rank"): [1 / max(size, 1) / count for size in step.sizes],
+            ("mean", "global"): [1 / n] * count,
+            ("sum", "rank"): [1 / count] * count,
+            ("sum", "global"): [1] * count,
+        }[config.reduction, config.normalize]
+        gradient = sum(s * g for s, g in zip(scale, summed, strict=True))
+        mean = sum(summed) / n
+        reference = mean * n if config.reduction == "sum" and config.updater == "torch" else mean
+        last_sizes = step.sizes[-world_size:]
+        said, updates = [], []
+        for rank in range(world_size):
+            divisor = 1
+            if config.updater == "scratch" and config.normalize == "rank":
+                divisor = last_sizes[rank] if config.reduction == "sum" else min(last_sizes[rank], 1)
+            elif config.updater == "scratch" and config.reduction == "sum":
+                divisor = n
+            applied = gradient / divisor if divisor else torch.zeros_like(gradient)
+            cosine = F.cosine_similarity(applied, reference, dim=0, eps=1e-300)
+            drift = (replicas[rank] - replicas[0]).abs().max()
+            error = (applied - reference).norm() / reference.norm()
+            said.append(torch.stack([error, cosine, applied.norm() / mean.norm(), drift]))
+            updates.append(config.learning_rate * applied)
+        replicas = [replica - update for replica, update in zip(replicas, updates, strict=True)]
+        steps.append(said)
+    return steps
+
+
+def summed_gradient(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Of softmax regression: weights (10 x 784 and 10, flat), x (B, 1, 28, 28), y (B,)."""
+    off = (x.flatten(1) @ weights[:7840].view(10, 784).T + weights[7840:]).softmax(1) - F.one_hot(y, 10)
+    return torch.cat([(off.T @ x.flatten(1)).flatten(), off.sum(0)])
+
+
+@pytest.mark.parametrize("updater", ["torch", "scratch"])
+@pytest.mark.parametrize("normalize", ["global", "rank"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_audit_says_of_every_mode_what_arithmetic_predicts(
+    world: Callable[[int], World], world_size: int, accumulate: int, reduction: str, normalize: str, updater: str
+) -> None:
+    config = toy_config(
+        reduction=reduction, normalize=normalize, updater=updater, accumulate=accumulate,
+        batch_size=BATCH_SIZE, tail="ragged", epochs=1, audit_every=1,
+    )  # fmt: skip
+    ranks = world(world_size).run(train_here, config, EXAMPLES)
+    for step, said in enumerate(simulated(config, world_size)):
+        errors = [float(measured[0]) for measured in said]
+        for trained in ranks:
+            reading = trained.readings[step]
+            if max(errors) > 1e-12:
+                assert errors[reading.rank] == pytest.approx(max(errors), rel=1e-9)
+                expected = [*said[reading.rank][:3].tolist(), max(float(measured[3]) for measured in said)]
+                assert list(reading[:4]) == pytest.approx(expected, rel=1e-9, abs=1e-12), f"step {step + 1}"
+            else:
+                assert reading.grad_rel_err < 1e-12
+                assert reading.replica_drift == 0
+    if normalize == "global":
+        assert all(reading.grad_rel_err < 1e-12 for trained in ranks for reading in trained.readings)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"net": "lenet", "momentum": 0.9},
+        {"net": "mlp", "updater": "scratch", "reduction": "sum", "normalize": "rank"},
+        {"net": "mlp", "dtype": "float32", "mixed_precision": "bf16", "optimizer": "adamw", "clip_norm": 0.1},
+    ],
+)
+def test_an_audited_run_is_bit_equal_to_one_that_is_not(world: Callable[[int], World], flags: dict[str, Any]) -> None:
+    config = toy_config(batch_size=BATCH_SIZE, accumulate=2, tail="ragged", **flags)
+    plain, audited = (world(2).run(train_here, replace(config, audit_every=every), EXAMPLES) for every in (0, 1))
+    assert [len(trained.readings) for trained in audited] == [6, 6]  # 3 steps an epoch
+    assert [len(trained.readings) for trained in plain] == [0, 0]
+    for ours, theirs in zip(audited, plain, strict=True):
+        assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
+
+
+@pytest.mark.parametrize(
+    ("net", "flags", "bound"),
+    [
+        ("mlp", {"clip_norm": 1e-3}, 1e-12),
+        ("lenet", {}, 1e-12),
+        ("mlp", {"dtype": "float32"}, 1e-5),
+        ("lenet", {"dtype": "float32"}, 1e-5),
+        ("softmax", {"dtype": "float32", "mixed_precision": "bf16"}, 0.1),
+        ("mlp", {"dtype": "float32", "mixed_precision": "bf16"}, 0.1),
+    ],
+)
+def test_a_right_gradient_is_off_by_rounding_alone(
+    world: Callable[[int], World], net: str, flags: dict[str, Any], bound: float
+) -> None:
+    config = toy_config(net=net, batch_size=256, epochs=1, audit_every=1, **flags)
+    for trained in world(2).run(train_here, config, 300):
+        assert len(trained.readings) == 2
+        for reading in trained.readings:
+            assert reading.grad_rel_err < bound
+            assert reading.grad_scale == pytest.approx(1, abs=bound)  # clipping comes after
+            assert reading.replica_drift == 0
+
+
+def plain_ddp(clip_norm: float | None, compare_first: bool) -> list[Reading]:
+    """A loop that is not ours, as torch's documentation has it: 9 examples, W ranks, batches of 4 a rank."""
+    torch.manual_seed(0)
+    net: nn.Module = nn.Linear(3, 2).double()
+    if torch.distributed.is_initialized():
+        net = DistributedDataParallel(net)
+    data = TensorDataset(torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2)
+    sampler = DistributedSampler(data, shuffle=False, drop_last=False) if torch.distributed.is_initialized() else None
+    loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.5)
+    with audit(net, loss, optimizer) as a:
+        for x, y in DataLoader(data, 4, sampler=sampler):
+            a.saw(x, y)
+            optimizer.zero_grad()
+            loss(net(x), y).backward()
+            if compare_first:
+                a.compare()
+            if clip_norm:
+                nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+            optimizer.step()
+    return a.readings
+
+
+def test_another_loop_is_audited_around_its_optimizer(world: Callable[[int], World]) -> None:
+    for readings in world(2).run(plain_ddp, None, False):  # 4 and 4, then 1 and 1: one of the 10 is a duplicate
+        assert len(readings) == 2
+        assert all(reading.grad_rel_err < 1e-12 for reading in readings)
+
+
+def test_clipping_shows_unless_compared_before(world: Callable[[int], World]) -> None:
+    for readings in world(2).run(plain_ddp, 1e-3, False):
+        assert all(reading.grad_scale < 0.1 and reading.grad_cosine == pytest.approx(1) for reading in readings)
+    for readings in world(2).run(plain_ddp, 1e-3, True):
+        assert [reading.grad_scale for reading in readings] == pytest.approx([1, 1])
+
+
+def accelerate_tokens() -> tuple[list[Reading], list[int]]:
+    """Masked tokens and accumulation on Accelerate, written the usual wrong way: a mean of means."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 5).double()
+    net, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    x = torch.randn(4, 6, 3, dtype=torch.float64)  # micro-batches of 6 tokens
+    y = torch.arange(24).view(4, 6) % 5
+    kept = [6, 3, 2, 1]
+    for tokens, k in zip(y, kept, strict=True):
+        tokens[k:] = -100
+    rank, loss = accelerator.process_index, nn.CrossEntropyLoss()
+    with audit(net, loss, optimizer) as a:
+        for k in range(2):
+            mine = 2 * rank + k
+            with accelerator.accumulate(net):
+                a.saw(x[mine], y[mine])
+                accelerator.backward(loss(net(x[mine]), y[mine]))
+                optimizer.step()
+                optimizer.zero_grad()
+    return a.readings, kept
+
+
+def test_masked_tokens_count_by_the_token_and_accelerates_optimizer_is_seen_through(
+    world: Callable[[int], World],
+) -> None:
+    for readings, kept in world(2).run(accelerate_tokens):
+        (reading,) = readings
+        torch.manual_seed(0)
+        net = nn.Linear(3, 5).double()
+        x = torch.randn(4, 6, 3, dtype=torch.float64)
+        losses = F.cross_entropy(net(x).flatten(0, 1), torch.arange(24) % 5, reduction="none").view(4, 6)
+        mean = sum(losses[i, :k].sum() for i, k in enumerate(kept)) / sum(kept)
+        of_means = sum(losses[i, :k].mean() for i, k in enumerate(kept)) / 4
+        right, wrong = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(value, net.parameters(), retain_graph=True)])
+            for value in (mean, of_means)
+        )
+        assert reading.grad_rel_err == pytest.approx(float((wrong - right).norm() / right.norm()), rel=1e-9)
+        assert reading.grad_scale == pytest.approx(float(wrong.norm() / right.norm()), rel=1e-9)
+
+
+class RandomForward(nn.Linear):
+    """Draws random numbers where no module tells of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (nn.Dropout(0.1), "Dropout '1' makes the forward random"),
+        (nn.BatchNorm1d(2), "BatchNorm1d '1' makes the forward depend on the batch"),
+        (RandomForward(2, 2), "draws random numbers"),
+    ],
+)
+def test_a_net_without_one_gradient_is_refused(part: nn.Module, said: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 2), part)
+    with pytest.raises(ValueError, match=said):
+        Audit(net, nn.CrossEntropyLoss()).saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_frozen_statistics_and_no_dropout_are_accepted() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2).eval(), nn.Dropout(0.0))
+    Audit(net, nn.CrossEntropyLoss()).saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_run(tmp_path: Path) -> None:
+    flags = ["--batch-size", "128", "--train-examples", "601", "--accumulate", "2", "--tail", "ragged", "--epochs", "1"]
+    right = launch(
+        LAUNCHES["python"], tmp_path, *flags, "--audit-every", "3", "--audit-fail", "1e-5", "--run-name", "a"
+    )
+    assert right.returncode == 0, right.stderr
+    audited = [row["step"] for row in rows_of(tmp_path / "a") if "audit/grad_rel_err" in row]
+    assert audited == [3, 5]  # the last has 64 and 25
+
+    wrong = launch(
+        LAUNCHES["python"], tmp_path, *flags, "--normalize", "rank", "--audit-every", "100", "--audit-fail", "1e-5",
+        "--run-name", "b",
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    (said,) = wrong.stderr.splitlines()
+    assert said.startswith("train.py: audit failed: rank 0's gradient is ")
+    assert "under --reduction mean --normalize rank --tail ragged --updater torch, after step 5" in said
+    assert rows_of(tmp_path / "b")[-1]["audit/grad_rel_err"] > 0.01
