@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -176,6 +177,7 @@ def both_zeroings(accumulate: int) -> list[list[float]]:
 
 def on_ranks(world_size: int, function: Callable[..., list[list[float]]], *args: object) -> list[list[float]]:
     """Call a function on every rank of a new group, as torchrun would; return the mean of its curves over the ranks."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the new processes
     settings = LaunchConfig(1, 1, world_size, run_id="gallery", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     results = elastic_launch(settings, function)(*args).values()
     return torch.tensor(list(results)).mean(dim=0).tolist()
