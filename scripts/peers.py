@@ -1,0 +1,240 @@
+"""Measure how far from one process's weights each way of training on W ranks ends, and how far apart its replicas.
+
+    pip install -r scripts/requirements-peers.txt         # Lightning and transformers; without them their rows say so
+    python -m scripts.peers                               # about three minutes on two cores, without a GPU
+    python -m scripts.peers --only Accelerate --examples 1000 --world-size 2 --json peers.json
+
+Same data, net, order of examples and learning rate, float64, one epoch, 64 examples a rank: scripts/peer_loops.py has
+the loops. A cell is |w - w'| / |w' - w0|, with w of rank 0, w' of one process on batches of 64 W, w0 where both began.
+Added are the examples that went forward beyond N, and the largest difference of a parameter between rank 0 and
+another, where it is more than rounding. A loop whose ranks do not all end in time hangs, and is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from loop.config import Config, InputError
+from loop.fetch import provide
+from scripts.peer_loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, one_process, serve
+
+ROUNDING = 1e-12
+START_S = 180  # for imports and the first rendezvous
+INSTALL = "not installed: pip install -r scripts/requirements-peers.txt"
+MISMATCH = "aborts: ranks out of step"  # gloo's word: one rank's collective met another of the other's
+CRASH = "crashes"
+PACKAGES = ("torch", "accelerate", "lightning", "transformers")
+
+
+class CrashError(RuntimeError):
+    """A rank ended before its time; the text is what the ranks printed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell of the table. failure: in place of figures. duplicated: examples that went forward beyond N."""
+
+    peer: str
+    world_size: int
+    examples: int
+    distance: float | None = None
+    replica_drift: float | None = None
+    duplicated: int | None = None
+    failure: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every rank ended with one process's weights, to rounding."""
+        return not self.failure and max(self.distance or 0, self.replica_drift or 0) <= ROUNDING
+
+    def __str__(self) -> str:
+        if self.distance is None or self.replica_drift is None:
+            return str(self.failure)
+        text = f"{100 * self.distance:.2g} %" if self.distance > ROUNDING else f"{self.distance:.0e}"
+        text += f", {self.duplicated:+}" if self.duplicated else ""
+        return text + (f", {self.replica_drift:.2g} apart" if self.replica_drift > ROUNDING else "")
+
+
+def launch(loop: Loop, world_size: int, timeout: float, examples: int, data_dir: Path) -> list[Trained]:
+    """Train on ranks of their own; return what each has in the end.
+
+    Raises TimeoutError if some are not done after `timeout` seconds, CrashError if one dies.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.peer_loops", "lightning.pytorch", "transformers.trainer"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    with tempfile.NamedTemporaryFile() as log:
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                args = theirs, log.name, rank, world_size, port, loop, examples, data_dir
+                processes.append(context.Process(target=serve, args=args))
+                processes[-1].start()
+                theirs.close()
+                pipes.append(ours)
+            gather(pipes, START_S)
+            return gather(pipes, timeout)
+        except EOFError:
+            raise CrashError(Path(log.name).read_text(errors="replace").strip()) from None
+        finally:
+            for process in processes:
+                end(process)
+
+
+def end(process: BaseProcess) -> None:
+    """Kill a rank, and all that it may have started."""
+    if process.pid:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+def gather(pipes: list[Connection], seconds: float) -> list[Trained]:
+    """Return one answer of each rank; raises TimeoutError, and EOFError if a rank dies."""
+    answers: dict[Connection, Trained] = {}
+    deadline = time.monotonic() + seconds
+    while waiting := [pipe for pipe in pipes if pipe not in answers]:
+        ready = wait(waiting, max(0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            answers[pipe] = pipe.recv()
+    return [answers[pipe] for pipe in pipes]
+
+
+def measure(peer: str, world_size: int, examples: int, timeout: float, data_dir: Path) -> Result:
+    """Return what a peer makes of one case."""
+    loop, package = PEERS[peer]
+    if importlib.util.find_spec(package) is None:
+        return Result(peer, world_size, examples, failure=INSTALL)
+    try:
+        trained = launch(loop, world_size, timeout, examples, data_dir)
+    except TimeoutError:
+        return Result(peer, world_size, examples, failure=f"hangs (> {timeout:g} s)")
+    except CrashError as error:
+        if "collective mismatch" in str(error):
+            return Result(peer, world_size, examples, failure=MISMATCH)
+        print(f"\n{peer}, W={world_size}, N={examples}:\n{error}", file=sys.stderr)
+        return Result(
+            peer, world_size, examples, failure=f"{CRASH}: {(str(error) or 'without a word').splitlines()[-1]}"
+        )
+    distance, drift = distances(trained, Task(examples, world_size, data_dir))
+    return Result(peer, world_size, examples, distance, drift, sum(rank.seen for rank in trained) - examples)
+
+
+def distances(trained: list[Trained], task: Task) -> tuple[float, float]:
+    """Return rank 0's relative distance from one process's weights, and the largest difference from any rank to it."""
+    start = task.weights()
+    one_process(task)
+    whole, first = task.weights(), trained[0].weights
+    distance = np.linalg.norm(first - whole) / np.linalg.norm(whole - start)
+    return float(distance), max(float(np.abs(rank.weights - first).max()) for rank in trained)
+
+
+def table(results: Sequence[Result], *, markdown: bool) -> str:
+    """Return peers by cases."""
+    cases = sorted({(result.world_size, -result.examples) for result in results})
+    cells = {(result.peer, result.world_size, -result.examples): str(result) for result in results}
+    peers = dict.fromkeys(result.peer for result in results)
+    rows = [["", *(f"W={world_size} N={-n}" for world_size, n in cases)]]
+    rows += [[peer, *(cells[peer, *case] for case in cases)] for peer in peers]
+    if markdown:
+        rows.insert(1, ["---"] * len(rows[0]))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def setting() -> str:
+    """Return the versions and the machine."""
+    found = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in found)
+    return f"{versions}, Python {platform.python_version()}; 1 torch thread a rank, {os.cpu_count()} cores, gloo"
+
+
+def parse(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the flags and the chosen peers. Raises InputError for values out of range."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, nargs="+", default=[1152, 1001, 1000, 897], help="training examples, N")
+    parser.add_argument("--world-size", type=int, nargs="+", default=[2, 3], help="ranks, W")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="only peers with this in their name")
+    parser.add_argument("--timeout", type=float, default=10, help="seconds after which ranks are taken to hang")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where Fashion-MNIST is kept")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file, too")
+    flags = parser.parse_args(args)
+    available = provide(Config(data_dir=flags.data_dir), fetching=True)
+    peers = [peer for peer in PEERS if any(word.lower() in peer.lower() for word in flags.only)]
+    for wrong, message in {
+        min(flags.examples) < 1: f"--examples {min(flags.examples)}: must be at least 1",
+        max(flags.examples) > available: f"--examples {max(flags.examples)}: there are only {available}",
+        min(flags.world_size) < 2: f"--world-size {min(flags.world_size)}: one rank has no one to differ from",
+        not 0 < flags.timeout < ORPHANED_S: f"--timeout {flags.timeout:g}: must lie between 0 and {ORPHANED_S}",
+        not peers: f"--only {' '.join(flags.only)}: no such peer; there are: {'; '.join(PEERS)}",
+    }.items():
+        if wrong:
+            raise InputError(message)
+    return flags, peers
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Measure and print; return 0 unless this project is off by more than rounding, or a peer crashes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no rank outlives this
+    try:
+        flags, peers = parse(args)
+        if flags.json:
+            flags.json.touch()
+    except (InputError, OSError) as error:
+        print(f"scripts.peers: error: {error}", file=sys.stderr)
+        return 2
+    print(setting())
+    cases = [(peer, world_size, n) for peer in peers for world_size in flags.world_size for n in flags.examples]
+    results = []
+    try:
+        with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
+            for peer, world_size, n in bar:
+                bar.set_postfix_str(f"{peer}, W={world_size}, N={n}")
+                results.append(measure(peer, world_size, n, flags.timeout, flags.data_dir))
+    except KeyboardInterrupt:
+        return 130
+    print(table(results, markdown=flags.markdown))
+    if flags.json:
+        flags.json.write_text(
+            json.dumps({"setting": setting(), "results": [asdict(result) for result in results]}, indent=1)
+        )
+    crashed = [result for result in results if result.failure and result.failure.startswith(CRASH)]
+    inexact = [result for result in results if result.peer.startswith(OURS) and not result.exact]
+    for result in crashed + inexact:
+        print(f"scripts.peers: {result.peer}, W={result.world_size}, N={result.examples}: {result}", file=sys.stderr)
+    return int(bool(crashed or inexact))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
