@@ -29,6 +29,7 @@ class Heartbeat:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.store: PrefixStore | None = None
+        self.holds_store = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
         if world_size > 1 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = TCPStore(address, port, world_size, is_master=False, timeout=STORE, wait_for_workers=False)
@@ -37,41 +38,47 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self.store:
-            self.store.set(f"word/{self.rank}", "")
+            self.store.set(f"lost/{self.rank}", "no")
             self.store.set(f"beat/{self.rank}", "0")
             self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None:
+            self.is_first_to_fail()
         self.ended.set()
         if self.store:
-            if error is not None:
-                self.leave_word("failed")
             self.thread.join()
 
+    def is_first_to_fail(self) -> bool:
+        """Note that this rank has failed; return whether it is for this one to say why."""
+        if not self.store:
+            return True
+        with contextlib.suppress(RuntimeError):
+            first = bool(self.store.add("failed", 1) == 1)
+            if self.holds_store:
+                time.sleep(LISTEN_S)  # for as long as the others may read
+            return first
+        return False
+
     def accuse(self) -> str | None:
-        """Return which ranks the others lost, and why; None on ranks that need not say it, since another does.
+        """Return which ranks the others lost, and why; None on ranks that need not say it, since another has.
 
         To be called on each rank whose collective failed.
         """
         if not self.store:
             return "lost the other ranks"
         try:
-            self.leave_word("lost")
-            before = self._beats()
+            self.store.set(f"lost/{self.rank}", "yes")
+            before = self._read("beat")
             time.sleep(LISTEN_S)
-            after = self._beats()
-            words = [self._read(f"word/{rank}") for rank in range(self.world_size)]
+            after, lost = self._read("beat"), self._read("lost")
         except RuntimeError:
             return f"rank {self.rank} lost the launcher's store: the launcher, or its machine, is gone"
-        if "failed" in words:  # it has said why itself
+        if not self.is_first_to_fail():
             return None
         silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
-        hanging = [rank for rank in range(self.world_size) if rank not in silent and not words[rank]]
-        accusers = [rank for rank in range(self.world_size) if words[rank] and rank not in silent]
-        if self.rank != min(accusers, default=self.rank):
-            return None
-        self.leave_word("failed")  # before this rank falls silent, too
+        hanging = [rank for rank in range(self.world_size) if lost[rank] == "no"]
         if silent:
             return f"rank {_listed(silent)} is dead, stopped, or cut off: no sign of life for {LISTEN_S:g} s"
         if hanging:
@@ -88,18 +95,9 @@ class Heartbeat:
             except RuntimeError:
                 return  # who needs to know finds out
 
-    def leave_word(self, word: str) -> None:
-        """Let the others know: "failed", and has said why, or "lost", because of another."""
-        with contextlib.suppress(RuntimeError):
-            if self.store:
-                self.store.set(f"word/{self.rank}", word)
-
-    def _beats(self) -> list[str]:
-        return [self._read(f"beat/{rank}") for rank in range(self.world_size)]
-
-    def _read(self, key: str) -> str:
+    def _read(self, what: str) -> list[str]:
         assert self.store
-        return bytes(self.store.get(key)).decode()
+        return [bytes(self.store.get(f"{what}/{rank}")).decode() for rank in range(self.world_size)]
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
