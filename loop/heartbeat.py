@@ -29,7 +29,6 @@ class Heartbeat:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.store: PrefixStore | None = None
-        self.holds_store = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
         if world_size > 1 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = TCPStore(address, port, world_size, is_master=False, timeout=STORE, wait_for_workers=False)
@@ -55,10 +54,7 @@ class Heartbeat:
         if not self.store:
             return True
         with contextlib.suppress(RuntimeError):
-            first = bool(self.store.add("failed", 1) == 1)
-            if self.holds_store:
-                time.sleep(LISTEN_S)  # for as long as the others may read
-            return first
+            return bool(self.store.add("failed", 1) == 1)
         return False
 
     def accuse(self) -> str | None:
@@ -74,7 +70,8 @@ class Heartbeat:
             time.sleep(LISTEN_S)
             after, lost = self._read("beat"), self._read("lost")
         except RuntimeError:
-            return f"rank {self.rank} lost the launcher's store: the launcher, or its machine, is gone"
+            holder = "the launcher" if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else "rank 0"
+            return f"rank {self.rank} lost {holder}, and with it the store that all ranks share"
         if not self.is_first_to_fail():
             return None
         silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
