@@ -17,10 +17,13 @@ To see what goes wrong without `--normalize global`:
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from loop.config import Config, InputError, parse
 from loop.fetch import provide
 from loop.launch import count_gpus, launched_local_rank, launched_rank, launched_world_size, make_accelerator
+
+CHECKPOINTS_STAY = "The last good checkpoint is kept: --resume auto goes on from it"
 
 
 def main() -> None:
@@ -58,67 +61,94 @@ def train(config: Config) -> int:
     May be called again in the same process, whose group of ranks it leaves standing.
     """
     import torch  # not before the flags are known to be good: it takes seconds
+    from accelerate.utils import broadcast_object_list
     from safetensors.torch import save_file
     from torch import nn
 
     from loop import console
     from loop.animator import Animator
     from loop.audit import Audit
-    from loop.book import CURVES, train_ch3
+    from loop.book import CURVES, Accumulator, train_ch3
+    from loop.checkpoints import Checkpoints, beginning
     from loop.data import EvalBatches, TrainBatches, load
+    from loop.folder import open_run, write_json
+    from loop.heartbeat import Heartbeat, is_lost_peer
     from loop.nets import make_net
     from loop.runlog import RunLog
     from loop.stopping import RunEnded, StopSignal
-    from loop.tracking import JsonlTracker, describe, finish, write_json
-    from loop.updater import make_updater
+    from loop.tracking import JsonlTracker, describe, finish
+    from loop.updater import make_updater, settle_buckets
     from loop.wandb_tracker import make_tracker
 
     train_split, test_split = load(config)
-    jsonl = JsonlTracker(config)
+    jsonl = JsonlTracker()
     trackers = [jsonl, *(make_tracker(config, jsonl) if launched_rank() == 0 else [])]
     accelerator = make_accelerator(config, trackers)
-    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    device, dtype = accelerator.device, getattr(torch, config.dtype)
     shards = config.shards(len(train_split.labels), world_size)
-    dtype = getattr(torch, config.dtype)
     exit_code = 1
-    with StopSignal(last_resort=lambda code: finish(accelerator, code)) as stop:
+    with (
+        Heartbeat(rank, world_size) as heartbeat,
+        StopSignal(last_resort=lambda code: finish(accelerator, code)) as stop,
+    ):
         try:
-            accelerator.init_trackers("", describe(config, shards, accelerator))
+            begun: list[Any] = [None, None, None]
+            if main:
+                jsonl.run = open_run(config, world_size)
+                checkpoint = beginning(config, jsonl.run, shards.examples, world_size)
+                begun = [jsonl.run.path, jsonl.run.identity, checkpoint]
+            folder, identity, checkpoint = broadcast_object_list(begun)
+            accelerator.init_trackers("", describe(config, shards, accelerator, identity))
             animator = None
-            if accelerator.is_main_process:
-                print(console.opening(config, shards, device.type, jsonl.folder), flush=True)
+            if main:
+                print(console.opening(config, shards, device.type, folder), flush=True)
                 xlim = (1, max(config.epochs, 2))
-                animator = Animator("epoch", xlim=xlim, legend=CURVES, path=jsonl.folder / "curves.png")
+                animator = Animator("epoch", xlim=xlim, legend=CURVES, path=folder / "curves.png")
 
             torch.manual_seed(config.seed)
             net = accelerator.prepare(make_net(config.net).to(dtype))
-            loss = nn.CrossEntropyLoss(reduction="none")
-            log = RunLog(accelerator, config, shards, net, Audit(net, loss, config.intended), stop, animator)
-            updater = make_updater(accelerator, net, config, log.on_gradient)
-            train_ch3(
-                net,
-                TrainBatches(
-                    train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=log.on_cell
-                ),
-                EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype),
-                loss,
-                config.epochs,
-                updater,
-                after_cell=log.after_cell,
-                after_epoch=log.after_epoch,
+            loss, metric = nn.CrossEntropyLoss(reduction="none"), Accumulator(3)
+            updater = make_updater(accelerator, net, config)
+            checkpoints = Checkpoints(accelerator, updater, metric, config, shards.examples, folder, identity)
+            log = RunLog(
+                accelerator, config, shards, net, Audit(net, loss, config.intended), checkpoints, stop, animator
             )
+            updater.on_gradient = log.on_gradient
+            train_iter = TrainBatches(
+                train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=log.on_cell
+            )
+            test_iter = EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
+            settle_buckets(net, next(iter(test_iter))[0])
+            if checkpoint:
+                progress = checkpoints.load(checkpoint)
+                log.go_on(progress, jsonl.run.read() if main else [])
+                train_iter.epoch, train_iter.first_step = progress.epoch - 1, progress.epoch_steps
+            train_ch3(
+                net, train_iter, test_iter, loss, config.epochs, updater,
+                after_cell=log.after_cell, after_epoch=log.after_epoch, first_epoch=log.epoch, metric=metric,
+            )  # fmt: skip
             log.close()
             if animator:
                 animator.save()
-                save_file(accelerator.unwrap_model(net).state_dict(), jsonl.folder / "model.safetensors")
-                write_json(jsonl.folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
+                save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
+                write_json(folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
                 print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
             exit_code = 0
         except RunEnded as ended:
             exit_code = ended.exit_code
             log.close()
-            if accelerator.is_main_process:
-                print(f"train.py: {ended} after step {log.step}; its rows are in {jsonl.folder}", file=sys.stderr)
+            if main:
+                print(f"train.py: {ended} after step {log.step}; its rows are in {folder}", file=sys.stderr)
+        except OSError as error:
+            heartbeat.leave_word("failed")
+            print(f"train.py: error: cannot save the run: {error}. {CHECKPOINTS_STAY}", file=sys.stderr)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            accused = heartbeat.accuse()
+            if accused:
+                print(f"train.py: error: {accused}. {CHECKPOINTS_STAY}", file=sys.stderr)
         finally:
             stop.handled.set()
             finish(accelerator, exit_code)

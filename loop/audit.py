@@ -60,7 +60,7 @@ class Audit:
     """
 
     def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], reduction: Reduction = "mean") -> None:
-        self.module = net.module if isinstance(net, DistributedDataParallel) else net
+        self.module = bare(net)
         self.loss, self.reduction = loss, reduction
         self.params = [param for param in self.module.parameters() if param.requires_grad]
         self.readings: list[Reading] = []
@@ -138,6 +138,12 @@ def audit(
         yield watching
     finally:
         hook.remove()
+
+
+def bare(net: nn.Module) -> nn.Module:
+    """Return the module itself, without DDP."""
+    module: nn.Module = net.module if isinstance(net, DistributedDataParallel) else net
+    return module
 
 
 def replica_drift(net: nn.Module) -> float:

@@ -127,16 +127,18 @@ def train_epoch_ch3(
     loss: Loss,
     updater: Any,
     after_cell: Callable[..., None] | None = None,
+    metric: Accumulator | None = None,
 ) -> tuple[float, float]:
     """Train for one epoch (d2l 3.6.5); return (loss per example, share correct), over all ranks.
 
     updater: a torch optimiser, a function of the batch size, or an `Updater`.
     after_cell: called as after_cell(cell, loss sum, correct, examples) after each cell, for logging.
+    metric: the sums of these three to go on from, in an epoch that was begun before.
     """
     if isinstance(net, nn.Module):
         net.train()
     updater = updater if hasattr(updater, "backward") else BookUpdater(updater)
-    metric = Accumulator(3)  # loss sum, correct predictions, examples
+    metric = metric or Accumulator(3)  # loss sum, correct predictions, examples
     for X, y, *cell in train_iter:
         updater.begin(*cell)
         y_hat = net(X)
@@ -185,16 +187,23 @@ def train_ch3(
     *,
     after_cell: Callable[..., None] | None = None,
     after_epoch: Callable[[Epoch], None] | None = None,
+    first_epoch: int = 1,
+    metric: Accumulator | None = None,
 ) -> None:
     """Train for num_epochs epochs, each followed by a test (d2l 3.6.5).
+
+    first_epoch, metric: where a training that was begun before goes on, as in `train_epoch_ch3`; metric is reset after
+    each epoch.
 
     after_epoch: takes what each epoch came to. Without it this is the book's call: an Animator draws the curves, and
     the result must meet the book's thresholds, or AssertionError is raised with the figure that does not.
     """
     animator = Animator(xlabel="epoch", xlim=(1, max(num_epochs, 2)), legend=CURVES) if after_epoch is None else None
-    for number in range(1, num_epochs + 1):
+    metric = metric or Accumulator(3)
+    for number in range(first_epoch, num_epochs + 1):
         started = time.perf_counter()
-        train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, after_cell)
+        train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, after_cell, metric)
+        metric.reset()
         seconds = time.perf_counter() - started
         epoch = Epoch(number, train_loss, train_acc, *evaluate(net, test_iter, loss), seconds)
         if after_epoch:

@@ -87,6 +87,13 @@ class Config:
     """Steps between gradient audits; every uneven step is audited too. 0: none."""
     audit_fail: float | None = None
     """End the run where an audited gradient's relative error, or the replicas' drift, is above this."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, beside the one at the end of each epoch."""
+    resume: str = "never"
+    """never, or auto: go on from this run's newest good checkpoint, or start. Or a path: a new run that goes on from
+    that checkpoint, or that run's newest."""
+    ddp_timeout: float = 120
+    """Seconds after which a rank that others wait for is given up."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: as WANDB_MODE says, else online if logged in and the server answers, else offline."""
     wandb_project: str | None = None
@@ -159,6 +166,8 @@ class Config:
             self._require(0 < self.clip_norm < math.inf, "clip_norm", "must be a finite number above 0")
         self._require(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
         self._require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite, 0 or more")
+        self._require(self.checkpoint_every >= 0, "checkpoint_every", "must be 0 or more")
+        self._require(1 <= self.ddp_timeout <= 86400, "ddp_timeout", "must be from 1 to 86400 seconds")
         self._require(self.audit_every >= 0, "audit_every", "must be 0 or more")
         if self.audit_fail is not None:
             self._require(0 <= self.audit_fail < math.inf, "audit_fail", "must be a finite number, 0 or more")
@@ -170,13 +179,18 @@ class Config:
     def refuse_existing_run(self) -> None:
         """Raise InputError if --out cannot hold a run, or the run that --run-name names exists already."""
         try:
-            taken = self.run_name is not None and (self.out / self.run_name).exists()
+            new = self.run_name is not None and self.resume != "auto"
+            taken = new and (self.out / str(self.run_name)).exists()
             there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         except OSError as error:
             raise InputError(f"--out {self.out}: cannot be used: {error.strerror}") from None
         _refuse(not there.is_dir(), f"--out {self.out}: {there} is not a folder")
         _refuse(not os.access(there, os.W_OK), f"--out {self.out}: {there} cannot be written to")
-        _refuse(taken, f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name")
+        _refuse(
+            taken,
+            f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name, "
+            "or go on with it by --resume auto",
+        )
 
     def _require(self, holds: bool, flag: str, rule: str) -> None:
         _refuse(not holds, f"--{flag.replace('_', '-')} {getattr(self, flag)} {rule}")

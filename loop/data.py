@@ -63,7 +63,8 @@ class TrainBatches:
     """One rank's cells of every step, as (X, y, cell); each pass is the next epoch, in that epoch's own order.
 
     X: floats (n_local, 1, 28, 28). y: int64 (n_local,). cell: which share of which step they are (loop/shards.py).
-    on_cell: called as on_cell(X, y, cell) with each before it is yielded. epoch: the number of the next pass, from 0.
+    on_cell: called as on_cell(X, y, cell) with each before it is yielded.
+    epoch, first_step: where the next pass begins, from 0.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TrainBatches:
     ) -> None:
         self.split, self.shards, self.rank, self.seed, self.dtype = split, shards, rank, seed, dtype
         self.on_cell = on_cell
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Cell]]:
         order = epoch_order(self.shards.examples, self.seed, self.epoch)
@@ -86,14 +87,14 @@ class TrainBatches:
         if end > len(order):  # `pad` wraps round
             order = order[torch.arange(end) % len(order)]
         order = order.to(self.split.images.device)
-        for cell, positions in self.shards.of_rank(self.rank):
+        for cell, positions in self.shards.of_rank(self.rank, self.first_step):
             chosen = order[positions.start : positions.stop]
             X = as_floats(self.split.images.index_select(0, chosen), self.dtype)
             y = self.split.labels.index_select(0, chosen)
             if self.on_cell:
                 self.on_cell(X, y, cell)
             yield X, y, cell
-        self.epoch += 1
+        self.epoch, self.first_step = self.epoch + 1, 0
 
 
 class EvalBatches:

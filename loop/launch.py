@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from loop.config import Config, InputError
@@ -54,7 +55,7 @@ def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelera
 
     Raises InputError where the launcher's processes would each train alone or cannot be joined, and as `count_gpus`.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise InputError(
@@ -67,9 +68,13 @@ def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelera
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=trackers,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
         )
     except ValueError as error:  # InputError among them
         raise InputError(str(error)) from None
+    except RuntimeError as error:  # torch's DistError among them
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(f"the ranks cannot join each other at {where}: {str(error).splitlines()[0]}") from None
     if accelerator.num_processes != launched_world_size():
         raise InputError(
             f"the launcher started {launched_world_size()} processes, but they do not see each other: each would train "

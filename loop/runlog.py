@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from loop.animator import Animator
 from loop.audit import Audit, Reading, replica_drift
 from loop.book import Accumulator, Epoch
+from loop.checkpoints import Checkpoints, Progress
 from loop.config import Config
 from loop.shards import Cell, Shards
 from loop.stopping import RunEnded, Stopped, StopSignal
@@ -23,12 +26,18 @@ class AuditFailed(RunEnded):
     """An audited step was further off than `--audit-fail` allows."""
 
 
+class NotFinite(RunEnded):
+    """The loss has become infinite, or no number."""
+
+
 class RunLog:
-    """Turns what the loop reports into step rows and epoch rows, reduced over all ranks, and a progress bar.
+    """Turns what the loop reports into step rows, epoch rows, checkpoints, and a progress bar.
 
     `on_cell`, `on_gradient`, `after_cell` and `after_epoch` are the loop's callbacks: the same calls on every rank. A
-    step gets a row every `--log-every` steps, and where it is audited. Together all ranks raise `Stopped` at the first
-    kind of row, if any had a signal, and `AuditFailed` at the second, if the audit found too much.
+    step gets a row every `--log-every` steps, and where it is audited. All ranks together raise `Stopped` after the
+    first kind of row or an epoch, if any had a signal, with a checkpoint saved; `AuditFailed` after the second kind, if
+    the audit found too much; `NotFinite` at the next row or checkpoint once a loss is.
+
     summary: the last epoch's row.
     """
 
@@ -39,12 +48,13 @@ class RunLog:
         shards: Shards,
         net: nn.Module,
         audit: Audit,
+        checkpoints: Checkpoints,
         stop: StopSignal,
         animator: Animator | None = None,
     ) -> None:
         self.accelerator, self.config, self.shards, self.net = accelerator, config, shards, net
-        self.audit, self.stop, self.animator = audit, stop, animator
-        self.epoch, self.step, self.examples = 1, 0, 0
+        self.audit, self.checkpoints, self.stop, self.animator = audit, checkpoints, stop, animator
+        self.epoch, self.epoch_steps, self.step, self.examples = 1, 0, 0, 0
         self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
         self.bar = tqdm(
             total=config.epochs * len(shards.steps),
@@ -52,6 +62,15 @@ class RunLog:
             dynamic_ncols=True,
             disable=None if accelerator.is_main_process else True,  # None: quiet where stderr is no terminal
         )
+
+    def go_on(self, progress: Progress, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Stand where a checkpoint was saved; rows: the run's so far, on the main process."""
+        self.epoch, self.epoch_steps = progress.epoch, progress.epoch_steps
+        self.step, self.examples = progress.step, progress.examples
+        self.bar.update(self.step)
+        for row in rows:
+            if "train/loss" in row:
+                self._show_epoch(row)
 
     def on_cell(self, X: Tensor, y: Tensor, cell: Cell) -> None:
         """Decide, where a step begins, whether it gets a row and an audit, which is shown all its cells."""
@@ -75,11 +94,15 @@ class RunLog:
             self.sums.add(*sums)
         if not cell.last:
             return
+        self.epoch_steps += 1
         self.step += 1
         self.examples += cell.step.n_global
         self.bar.update()
         if self.due or self.audited:
             self._log_step(cell.step.sizes)
+        every = self.config.checkpoint_every
+        if every and self.step % every == 0 and self.epoch_steps < len(self.shards.steps):
+            self._save()
 
     def _log_step(self, sizes: tuple[int, ...]) -> None:
         stops, row = 0.0, {}
@@ -103,8 +126,29 @@ class RunLog:
         self._log(row)
         if self.audited:
             self._check_audit(reading)
+        if self.due:
+            self._check_loss(loss)
         if stops:
+            self._save()
             raise Stopped(self.stop.signum or signal.SIGTERM)
+
+    def _check_loss(self, loss: float) -> None:
+        """Raise NotFinite for a loss that is not, with what to try."""
+        if math.isfinite(loss):
+            return
+        config, n = self.config, self.shards.batch_size
+        if config.intended == "sum":
+            remedy = f"--lr {config.learning_rate / n:.3g} (a sum's step is {n} times the mean's), or --reduction mean"
+        else:
+            remedy = f"a smaller --lr than {config.learning_rate:g}"
+        raise NotFinite(
+            f"the loss is {loss}, under --reduction {config.reduction} --normalize {config.normalize}: "
+            f"try {remedy}; ended"
+        )
+
+    def _save(self) -> None:
+        if not self.checkpoints.save(Progress(self.epoch, self.epoch_steps, self.step, self.examples)):
+            self._check_loss(math.nan)
 
     def _check_audit(self, reading: Reading) -> None:
         """Raise AuditFailed for more than `--audit-fail` allows, but in a step that fp16's overflow skips."""
@@ -119,9 +163,9 @@ class RunLog:
             )
 
     def after_epoch(self, epoch: Epoch) -> None:
-        """Log an epoch's row and draw its points."""
+        """Log an epoch's row, draw its points, save a checkpoint."""
         census = self.shards.census
-        self.summary = self._log(
+        row = self._log(
             {
                 "train/loss": epoch.train_loss,
                 "train/acc": epoch.train_acc,
@@ -135,10 +179,22 @@ class RunLog:
                 "time/examples_per_s": (census.seen + census.duplicated) / epoch.seconds,
             }
         )
-        self._show(epoch.train_loss, epoch.train_acc, self.summary["time/examples_per_s"])
+        self._show(epoch.train_loss, epoch.train_acc, row["time/examples_per_s"])
+        self._show_epoch(row)
+        self._check_loss(epoch.train_loss)
+        self.epoch, self.epoch_steps = self.epoch + 1, 0
+        stops = Accumulator(1)
+        stops.add(self.stop.signum != 0)
+        if self.accelerator.num_processes > 1:
+            stops.all_reduce()
+        self._save()
+        if stops[0]:
+            raise Stopped(self.stop.signum or signal.SIGTERM)
+
+    def _show_epoch(self, row: Mapping[str, Any]) -> None:
+        self.summary = dict(row)
         if self.animator:
-            self.animator.add(epoch.number, (epoch.train_loss, epoch.train_acc, epoch.test_acc))
-        self.epoch += 1
+            self.animator.add(row["epoch"], tuple(float(row[key]) for key in ("train/loss", "train/acc", "test/acc")))
 
     def _show(self, loss: float, acc: float, examples_per_s: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.3f}, acc {acc:.3f}, {examples_per_s:,.0f} examples/s")

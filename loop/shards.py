@@ -129,12 +129,12 @@ class Shards:
             return ragged(self.tail_examples, self.cells, self.capacity)
         return (self.capacity,) * self.cells
 
-    def of_rank(self, rank: int) -> Iterator[tuple[Cell, range]]:
-        """Yield a rank's cells in order, each with its positions in the epoch's order.
+    def of_rank(self, rank: int, first_step: int = 0) -> Iterator[tuple[Cell, range]]:
+        """Yield a rank's cells in order, from a step on, each with its positions in the epoch's order.
 
         Positions at or past N (under `pad` only) stand for the epoch's first examples again: take them modulo N.
         """
-        for step in self.steps:
+        for step in self.steps[first_step:]:
             for k in range(self.accumulate):
                 i = k * self.world_size + rank
                 positions = range(step.start + step.offsets[i], step.start + step.offsets[i + 1])

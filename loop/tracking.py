@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
-import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,84 +10,53 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 
-from loop.config import Config, InputError
+from loop.config import Config
+from loop.folder import RunFolder, write_json
 from loop.shards import Shards
 
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
-def new_folder(config: Config, world_size: int) -> Path:
-    """Make and return the run's folder, which no other run has: a generated name gets -2, -3, ... where it is taken.
-
-    Raises InputError where --run-name is taken, or the folder cannot be made.
-    """
-    name = config.run_name or config.default_run_name(world_size)
-    attempt = 1
-    while True:
-        folder = config.out / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except OSError as error:
-            if not folder.is_dir():
-                raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
-            config.refuse_existing_run()
-            attempt += 1
-
-
 class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     """Writes config.json and, row by row, metrics.jsonl into a run's folder, behind Accelerate's `log_with`.
 
-    JSON has no NaN and no infinity: they are written as the strings that float() reads, "nan", "inf" and "-inf".
+    run: the open folder, to be set before `init_trackers`, on the main process only, as all that follows.
     """
 
     name = "jsonl"
     requires_logging_directory = False
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.rows: TextIO | None = None
+    run: RunFolder
 
     def start(self) -> None:
-        """Make the run's folder; called by `init_trackers`, on the main process only, as all that follows."""
-        self.folder = new_folder(self.config, PartialState().num_processes)
-        self.rows = (self.folder / "metrics.jsonl").open("x", encoding="utf-8", buffering=1)
+        """Do nothing: the folder is open."""
 
     @property
     def tracker(self) -> Path:
         """The run's folder."""
-        return self.folder
+        return self.run.path
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Write config.json."""
-        write_json(self.folder / "config.json", values)
+        write_json(self.run.path / "config.json", values)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Append a row."""
-        assert self.rows, "rows come after the start"
-        self.rows.write(json.dumps(plain(values), allow_nan=False) + "\n")
+        self.run.append(values)
 
     def finish(self) -> None:
         """Close metrics.jsonl."""
-        if self.rows:
-            self.rows.close()
+        self.run.close()
 
     def count(self) -> int:
         """Return how many whole rows metrics.jsonl holds."""
-        return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
-
-    def discard(self) -> None:
-        """Remove the folder of a run that cannot begin."""
-        self.finish()
-        shutil.rmtree(self.folder)
+        return (self.run.path / "metrics.jsonl").read_bytes().count(b"\n")
 
 
 def finish(accelerator: Accelerator, exit_code: int) -> None:
@@ -103,14 +68,7 @@ def finish(accelerator: Accelerator, exit_code: int) -> None:
             each.callback(tracker.finish)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file for people to read, whole or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
-
-
-def describe(config: Config, shards: Shards, accelerator: Accelerator) -> dict[str, Any]:
+def describe(config: Config, shards: Shards, accelerator: Accelerator, identity: str) -> dict[str, Any]:
     """Return what config.json holds: every flag, what follows, what the run runs on. Every rank must call."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
@@ -129,7 +87,7 @@ def describe(config: Config, shards: Shards, accelerator: Accelerator) -> dict[s
         "versions": {package: installed(package) for package in PACKAGES},
         "git_commit": git_commit(),
         "argv": sys.argv,
-        "wandb_id": secrets.token_hex(4),
+        "wandb_id": identity,
     }
 
 
@@ -149,14 +107,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def plain(value: Any) -> Any:
-    """Return the value in JSON's types, as `JsonlTracker` says."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value

@@ -79,6 +79,18 @@ class CellUpdater:
             self.skipped_steps += self.optimizer.step_was_skipped
 
 
+def settle_buckets(net: nn.Module, like: Tensor) -> None:
+    """Have DDP lay out its gradient buckets for good, before the first step, fresh or resumed.
+
+    It does so around its second backward. If that came in mid-run, a resumed run's gradients would be added up in
+    another order than an uninterrupted one's, and at W >= 3 differ in the last bits. like: a batch, which is not seen.
+    """
+    if isinstance(net, DistributedDataParallel):
+        for _ in range(2):
+            net(like[:0]).sum().backward()
+        net.zero_grad()
+
+
 def make_updater(
     accelerator: Accelerator, net: nn.Module, config: Config, on_gradient: Callable[[Cell, int], None] | None = None
 ) -> CellUpdater:
@@ -91,6 +103,7 @@ def make_updater(
         "adamw": (torch.optim.AdamW, {}),
     }[config.optimizer]
     optimizer = kind(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **momentum)
+    wrapped = accelerator.prepare_optimizer(optimizer)  # which makes it part of a checkpoint
     if accelerator.scaler:  # elsewhere Accelerate's wrapper does nothing for us, at a third of a softmax step's time
-        optimizer = accelerator.prepare_optimizer(optimizer)
+        optimizer = wrapped
     return CellUpdater(accelerator, net, optimizer, config, on_gradient)

@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 from accelerate.tracking import GeneralTracker
 
 from loop.config import Config, InputError
+from loop.folder import plain
 from loop.reduction import example_weights
-from loop.tracking import JsonlTracker, plain
+from loop.tracking import JsonlTracker
 
 PROJECT = "chapter3-data-parallel"
 REQUEST_S, INIT_S, FINISH_S = 8, 5, 15  # W&B adds up to 13 s of its own to INIT_S
@@ -123,7 +124,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         except Exception as error:
             reason = in_one_line(error)
         if self.config.wandb == "online":
-            self.jsonl.discard()
+            self.jsonl.run.discard()
             raise InputError(f"--wandb online is not to be had: {reason}")
         try:
             import wandb
@@ -144,7 +145,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def _init(self, mode: str, values: Mapping[str, Any]) -> Any:
         import wandb
 
-        folder = self.jsonl.folder
+        folder = self.jsonl.run.path
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             dir=str(folder),
@@ -208,14 +209,14 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def _log_curves(self) -> None:
         import wandb
 
-        self.run.log({"examples": self.examples, "curves": wandb.Image(str(self.jsonl.folder / "curves.png"))})
+        self.run.log({"examples": self.examples, "curves": wandb.Image(str(self.jsonl.run.path / "curves.png"))})
 
     def _log_model(self) -> None:
         import wandb
 
         # A collection of the run's own, with one version: its final weights are its latest and its best.
         model = wandb.Artifact(f"model-{self.run.id}", type="model", metadata={"examples": self.examples})
-        model.add_file(str(self.jsonl.folder / "model.safetensors"))
+        model.add_file(str(self.jsonl.run.path / "model.safetensors"))
         self.run.log_artifact(model, aliases=["latest", "best"])
 
     def _say_where(self, uploaded: bool) -> None:

@@ -1,0 +1,113 @@
+"""A run's folder: made for one run, held by one process at a time, written so that nothing is left half done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loop.config import Config, InputError
+
+LOCK_S = 20  # ranks whose launcher was killed end within this time
+
+
+class RunFolder:
+    """A run's folder with its metrics.jsonl, which is locked while it is open, so that two runs never mix.
+
+    path: the folder. identity: the run's own, for good; W&B's id too.
+    Raises InputError where the folder is held by another process, or is no run's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._lock()
+        try:
+            self.identity = str(json.loads((path / "config.json").read_text())["wandb_id"])
+        except FileNotFoundError:  # new, or killed before it began
+            self.identity = secrets.token_hex(4)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--resume: {path / 'config.json'} cannot be read ({error})") from None
+
+    def _lock(self) -> None:
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                return fcntl.flock(self.rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(f"--run-name {self.path.name}: another process is training this run") from None
+            if time.monotonic() > deadline - LOCK_S + 1:
+                print(f"train.py: waiting for the process that trains {self.path}", file=sys.stderr, flush=True)
+            time.sleep(1)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row to metrics.jsonl. Raises OSError where it cannot be kept."""
+        self.rows.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        if not os.fstat(self.rows.fileno()).st_nlink:
+            raise OSError(f"{self.path} was deleted")
+
+    def cut(self, size: int) -> None:
+        """Drop what metrics.jsonl holds past so many bytes: it will be written again."""
+        self.rows.truncate(size)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the rows."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self.rows.close()
+
+    def discard(self) -> None:
+        """Remove the folder of a run that cannot begin."""
+        self.close()
+        shutil.rmtree(self.path)
+
+
+def open_run(config: Config, world_size: int) -> RunFolder:
+    """Make and open the run's folder, or under `--resume auto` open the one that is there.
+
+    A generated name gets -2, -3, ... where it is taken. Raises InputError where --run-name is taken, or the folder
+    cannot be had.
+    """
+    name = config.run_name or config.default_run_name(world_size)
+    attempt = 1
+    while True:
+        path = config.out / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+            return RunFolder(path)
+        except OSError as error:
+            if not path.is_dir():
+                raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
+            if config.resume == "auto":
+                return RunFolder(path)
+            config.refuse_existing_run()
+            attempt += 1
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file for people to read, whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def plain(value: Any) -> Any:
+    """Return the value in JSON's types; NaN and the infinities, which JSON has not, as the words that float() reads."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,264 @@
+"""The README: its code runs as written, its commands are accepted, the numbers under them come out again."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from loop.config import parse
+from loop.console import last_batch
+from loop.reduction import cell_loss
+from scripts import masked_tokens, sweep, symptoms
+from tests.cases import flat_gradient
+from tests.ranks import World
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAUNCHER = r"(?:OMP_NUM_THREADS=1 )?(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command of the README, with the comment on the line below it ('' where there is none)."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    found = [
+        (line.split(" # ")[0].strip(), below.removeprefix("# ") if below.startswith("# ") else "")
+        for line, below in zip(lines, [*lines[1:], ""], strict=True)
+        if line and not line.startswith("#")
+    ]
+    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(rf"`({LAUNCHER}[^`]+)`", text)
+    return found + [(" ".join(command.split()), "") for command, _ in inline]
+
+
+def program_of(command: str) -> tuple[str, list[str], int]:
+    """What a command runs: a file or a module, its arguments, and on how many ranks."""
+    launcher = re.match(LAUNCHER, command)
+    assert launcher, f"how is this started: {command}"
+    words = shlex.split(command[launcher.end() :])
+    words = words[1:] if words[0] == "-m" else words
+    return words[0], words[1:], int(launcher["ranks"] or 1)
+
+
+@pytest.mark.parametrize("command", sorted({command for command, _ in commands() if command != "wandb login"}))
+def test_a_command_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, args, ranks = program_of(command)
+    if "--help" in args:
+        with pytest.raises(SystemExit, match="0"):
+            parse(args)
+    elif program in ("train.py", "scripts/train.sh"):
+        config = parse(args)
+        config.validate()
+        config.shards(config.training_size(60_000), ranks)
+    elif program == "scripts.sweep":
+        monkeypatch.setattr(sweep, "run_all", lambda *planned: 0)
+        monkeypatch.setattr("signal.signal", lambda *handler: None)
+        monkeypatch.setattr(sys, "argv", ["sweep", *args, "--out", str(tmp_path)])
+        assert sweep.main() == 0
+    elif program.startswith("scripts."):
+        assert (ROOT / program.replace(".", "/")).with_suffix(".py").is_file()
+        parsed_by(pytest.importorskip(program).main, args, monkeypatch)  # W&B is not installed everywhere
+    else:
+        assert (ROOT / program).is_file()
+
+
+def parsed_by(main: Callable[[], Any], args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program read these arguments, with its own parser, and go no further."""
+    parse_args = ArgumentParser.parse_args
+
+    def read_and_stop(parser: ArgumentParser, *_: Any) -> None:
+        parse_args(parser, args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", read_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+
+
+@pytest.mark.parametrize(("command", "says"), [pair for pair in commands() if pair[1]])
+def test_a_command_gives_its_numbers_again(
+    world: Callable[[int], World], command: str, says: str, tmp_path: Path
+) -> None:
+    program, args, ranks = program_of(command)
+    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.masked_tokens": distance}[program]
+    numbers, text = world(ranks).run(run, args, tmp_path)[0]
+    for part in says.split("; "):
+        *name, value = part.split()
+        if " ".join(name) in numbers:
+            assert float(value) == pytest.approx(numbers[" ".join(name)], rel=2e-3, abs=5e-4)
+        elif part.endswith("of the distance travelled"):
+            assert float(name[0]) == pytest.approx(numbers["far"], rel=1e-2, abs=1e-12)
+        else:
+            assert re.search(re.escape(part) + r"(?!\.?\d)", text), text
+
+
+def trained(args: list[str], out: Path) -> tuple[dict[str, float], str]:
+    """Train on this rank as the flags say; return the summary, by the names of the README, and the last sentence."""
+    config = parse([*args, "--cpu", "--wandb", "disabled", "--run-name", "run", "--out", str(out)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train.train(config) == 0
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    path = out / "run" / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    named = {key.replace("/", " ").replace("acc", "accuracy"): value for key, value in summary.items()}
+    return named, last_batch(config, config.shards(config.training_size(60_000), world_size))
+
+
+def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
+    """Show a symptom on this rank, with less patience than its command has."""
+    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: symptoms.uneven_hang(fixed, patience_s=1)
+    text = symptoms.report(args[0], fixed="--fixed" in args)
+    return {}, text.replace("waited 1 s", f"waited {symptoms.PATIENCE_S:g} s")
+
+
+def distance(args: list[str], out: Path) -> tuple[dict[str, float], str]:
+    """Train the masked model on this rank, as the flags say."""
+    flags = dict(zip(args[::2], args[1::2], strict=True))
+    way: Any = flags["--way"]
+    return {"far": masked_tokens.distance(way, int(flags["--accumulate"]), masked_tokens.text_in_steps())}, ""
+
+
+def test_there_are_commands_with_numbers_to_check() -> None:
+    assert len([says for _, says in commands() if says]) >= 20
+
+
+def test_links_into_the_page_lead_to_a_heading() -> None:
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }  # as GitHub makes them
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links
+    assert links <= anchors
+
+
+CLASSES, STEPS = 5, 3
+IGNORED = -100
+
+
+def micro_batches(rank: int, count: int, step: int, tokens: bool) -> list[tuple[Tensor, Tensor]]:
+    """A rank's micro-batches, of unequal size: rank 1's last is empty, and so is what is left of rank 0's in step 1."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    batches = []
+    for k in range(count):
+        n = 0 if (rank == 1 and k == count - 1) or (rank == 0 and step == 1) else 1 + (rank + k) % 3
+        shape = (n, 6) if tokens else (n,)
+        x = torch.randn(*shape, 4, generator=generator, dtype=torch.float64)
+        y = torch.randint(CLASSES, shape, generator=generator)
+        batches.append((x, y.masked_fill(torch.rand(shape, generator=generator) < 0.4, IGNORED) if tokens else y))
+    return batches
+
+
+def net_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, CLASSES)).to(torch.float64)
+    return net, torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+
+
+def taken_home(block: str, folder: str, count: int, tokens: bool, accelerated: bool) -> tuple[list[float], Tensor, int]:
+    """Run the README's block, in a folder with a copy of reduction.py alone, and train with it on this rank."""
+    sys.path.insert(0, folder)
+    try:
+        namespace: dict[str, Any] = {}
+        exec(compile(block, "README.md", "exec"), namespace)
+    finally:
+        sys.path.remove(folder)
+        sys.modules.pop("reduction")
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    net, optimizer = net_and_optimizer()
+    backward: dict[str, Any] = {}
+    if accelerated:
+        accelerator = Accelerator(cpu=True)
+        net, optimizer = accelerator.prepare(net, optimizer)
+        backward = {"backward": accelerator.backward}
+    elif torch.distributed.is_initialized():
+        net = DistributedDataParallel(net)
+    losses = []
+    for step in range(STEPS):
+        batches = micro_batches(rank, count, step, tokens)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            losses.append(float(namespace["train_step"](net, optimizer, batches, "cpu", **backward)))
+    collectives = sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))
+    return losses, nn.utils.parameters_to_vector(net.parameters()).detach(), collectives  # of the last step
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_is_taken_home_takes_one_processs_steps(
+    world: Callable[[int], World], world_size: int, count: int, tokens: bool, accelerated: bool, tmp_path: Path
+) -> None:
+    (block,) = blocks("python")
+    shutil.copy(ROOT / "loop" / "reduction.py", tmp_path)
+    net, optimizer = net_and_optimizer()
+    plain = []
+    for step in range(STEPS):
+        everything = [b for rank in range(world_size) for b in micro_batches(rank, count, step, tokens)]
+        x = torch.cat([x.flatten(0, -2) for x, _ in everything])
+        y = torch.cat([y.flatten() for _, y in everything])
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        plain.append(float(loss.detach()))
+    want = nn.utils.parameters_to_vector(net.parameters()).detach()
+    for losses, weights, collectives in world(world_size).run(
+        taken_home, block, str(tmp_path), count, tokens, accelerated
+    ):
+        assert (weights - want).norm() <= 1e-12 * want.norm()
+        assert losses == pytest.approx(plain, rel=1e-12, nan_ok=True)
+        assert collectives == (3 if world_size > 1 else 0), "n, the gradient and the loss, once each"
+
+
+@pytest.mark.parametrize(("norm", "exact"), [(nn.BatchNorm1d, False), (nn.LayerNorm, True)])
+def test_global_leaves_batch_norm_to_its_cells(norm: Callable[[int], nn.Module], exact: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 4, generator=generator), torch.randint(CLASSES, (8,), generator=generator)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 7), norm(7), nn.Linear(7, CLASSES)).double()
+    F.cross_entropy(net(x.double()), y).backward()
+    want = flat_gradient(net)
+    net.zero_grad()
+    for cell in (slice(5), slice(5, 8)):
+        losses = F.cross_entropy(net(x[cell].double()), y[cell], reduction="none")
+        cell_loss(losses, n_global=8, averaged_over=1).backward()
+    error = (flat_gradient(net) - want).norm() / want.norm()
+    assert error < 1e-12 if exact else error > 1e-2
+
+
+def test_batch_norm_refuses_a_cell_of_one() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        nn.BatchNorm1d(3)(torch.randn(1, 3))
+
+
+@pytest.mark.parametrize("times", [1, 256])
+def test_adams_epsilon_is_smaller_beside_a_sum(times: int) -> None:
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    weight.grad = times * torch.tensor(1e-8, dtype=torch.float64)
+    torch.optim.Adam([weight], lr=1.0, eps=1e-8).step()
+    assert float(weight.detach()) == pytest.approx(-times / (times + 1), rel=1e-9)

@@ -1,0 +1,123 @@
+"""Symptoms: each shows a number that is wrong by exactly what the mathematics predicts, and the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scripts.masked_tokens import IGNORED, Batch, NextByte, deal, distance, padded, text_in_steps, weights_after
+from scripts.symptoms import SYMPTOMS, Shown, main, uneven_hang
+from tests.ranks import World
+
+
+def shown(name: str, fixed: bool) -> Shown:
+    """What a symptom shows on this rank; a hang is given up after a second."""
+    return uneven_hang(fixed, patience_s=1) if name == "uneven-hang" else SYMPTOMS[name](fixed)
+
+
+def wrong_number(name: str, world_size: int) -> float:
+    """What the loop must give, worked out example by example."""
+    if name == "gather-count":  # batches of 4 until 9 are dealt; of the last W counts, as many as 9 mod 4 W are kept
+        full, left = divmod(9, 4 * world_size)
+        return 4 * (full * world_size + min(left, world_size))
+    if name == "mean-of-means":  # rank r holds 2 r + 1 and 2 r + 2; rank 0 holds 2 W + 1, too, as a batch of its own
+        means = [2 * rank + 1.5 for rank in range(world_size)]
+        means[0] = (1.5 + 2 * world_size + 1) / 2
+        return sum(means) / world_size
+    if name == "loss-times-world-size":
+        return world_size * (2 * world_size + 1) / 2
+    return 1 - 2 * world_size / 8  # the schedule, W steps at a time
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", [name for name in SYMPTOMS if name != "uneven-hang"])
+def test_a_symptom_is_wrong_as_predicted_and_its_cure_right(
+    world: Callable[[int], World], name: str, world_size: int
+) -> None:
+    for rank in world(world_size).run(shown, name, fixed=False):
+        assert rank.here == pytest.approx(wrong_number(name, world_size), rel=1e-6)
+        assert rank.here != pytest.approx(rank.one_process, rel=1e-2)
+    for rank in world(world_size).run(shown, name, fixed=True):
+        assert rank.here == pytest.approx(rank.one_process, rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_uneven_inputs_hang_and_empty_batches_cure_it(world: Callable[[int], World], world_size: int) -> None:
+    first, *others = world(world_size).run(shown, "uneven-hang", fixed=False)
+    assert first.here == "hung: rank 0 waited 1 s for ranks that have no second batch"
+    assert all(isinstance(rank.here, float) for rank in others), "they took one step and left"
+    for rank in world(world_size).run(shown, "uneven-hang", fixed=True):
+        assert rank.here == rank.one_process == 2 * world_size + 1
+
+
+def test_without_a_name_the_symptoms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SYMPTOMS)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [(["hang"], "there is no hang: choose from gather-count"), (["uneven-hang"], "needs ranks: torchrun")],
+)
+def test_bad_calls_get_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"scripts.symptoms: error: {says}")
+    assert error.count("\n") == 1
+
+
+def gradients(batches: list[Batch]) -> list[Tensor]:
+    """The gradient of each batch's own mean, at the initial weights: zero where it has no token."""
+    torch.manual_seed(0)
+    net = NextByte().to(torch.float64)
+    means = []
+    for x, y in batches:
+        net.zero_grad()
+        losses = F.cross_entropy(net(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="none")
+        (losses.sum() / max(int((y != IGNORED).sum()), 1)).backward()
+        means.append(torch.cat([param.grad.flatten() for param in net.parameters()]))
+    return means
+
+
+SILENT = [b"a line\n", b"\n", b"a longer line\n", b"\n"]  # dealt to two ranks: the second has no token at all
+
+
+@pytest.mark.parametrize("way", ["global", "mean-per-batch"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("lines", [text_in_steps()[1], SILENT, SILENT[:1]], ids=["text", "silent rank", "one line"])
+def test_a_masked_step_is_the_predicted_one(
+    world: Callable[[int], World], lines: list[bytes], world_size: int, accumulate: int, way: str
+) -> None:
+    start = weights_after([], 0, 1, 1, "global")
+    means = gradients(deal(lines, world_size * accumulate))
+    want = gradients([padded(lines)])[0] if way == "global" else sum(means) / len(means)
+    for rank, ours in enumerate(world(world_size).run(one_step, lines, accumulate, way)):
+        step = (start - ours) / 0.5  # the learning rate
+        assert (step - want).norm() <= 1e-12 * want.norm(), f"rank {rank}"
+
+
+def one_step(lines: list[bytes], accumulate: int, way: str) -> Tensor:
+    """The weights after one step over all ranks."""
+    together = torch.distributed.is_initialized()
+    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    return weights_after([lines], rank, world_size, accumulate, way)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_masked_tokens_end_at_one_processs_weights(world: Callable[[int], World], world_size: int) -> None:
+    steps = text_in_steps()[:3]
+    assert all(far < 1e-12 for far in world(world_size).run(distance, "global", 3, steps))
+    assert all(far > 1e-2 for far in world(world_size).run(distance, "mean-per-batch", 3, steps))
+
+
+def test_the_mean_of_no_token_is_nan_though_its_gradient_is_zero() -> None:
+    logits = nn.Parameter(torch.randn(3, 5))
+    loss = F.cross_entropy(logits, torch.full((3,), IGNORED), ignore_index=IGNORED)
+    loss.backward()
+    assert loss.isnan()
+    assert not logits.grad.any()
