@@ -96,7 +96,8 @@ def is_finished(run: Planned) -> bool:
     made_by = asdict(parse(json.loads((run.folder / "config.json").read_text())["argv"][1:]))
     different = [name for name, value in asdict(run.config).items() if made_by[name] != value]
     if different:
-        raise InputError(f"{run.folder} was made with another {', '.join(different)}: choose another --group")
+        change = ", ".join(different)
+        raise InputError(f"{run.folder} was made with another {change}: choose another --group, or move it away")
     return True
 
 
@@ -171,31 +172,41 @@ def main() -> int:
             raise InputError("--group NAME is needed: it is what the study is found by")
         runs = plan(flags, args.world_size, args.group)
         out = runs[0].config.out
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / f".{args.group}.lock", timeout=0):
-            return run_all(runs, out, args.group)
+        exit_code = run_all(runs, out, args.group)
+    except InputError as error:
+        print(f"scripts.sweep: error: {error}", file=sys.stderr)
+        return 2
+    if exit_code:
+        return exit_code
+    print(f"{len(runs)} runs in {out}; to compare: python -m scripts.compare --group {args.group} --out {out}")
+    if list(out.glob(f"{args.group}-*/wandb/offline-run-*")):
+        print(f"W&B has those kept offline after: wandb sync {out}/{args.group}-*/wandb/offline-run-*")
+    return 0
+
+
+def run_all(runs: list[Planned], out: Path, name: str) -> int:
+    """Train what is not finished, a launch a world size; return 0, or the exit code of the launch that failed.
+
+    Raises InputError where another sweep of this name is at work in `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / f".{name}.lock", timeout=0):
+            return _run_unfinished(runs, out, name)
     except Timeout:
-        error: object = f"another sweep of --group {args.group} is at work in {out}"
-    except InputError as refusal:
-        error = refusal
-    print(f"scripts.sweep: error: {error}", file=sys.stderr)
-    return 2
+        raise InputError(f"another sweep of {name} is at work in {out}") from None
 
 
-def run_all(runs: list[Planned], out: Path, group: str) -> int:
-    """Launch what is not finished, with a progress bar; return 0, or the exit code of the launch that failed."""
+def _run_unfinished(runs: list[Planned], out: Path, name: str) -> int:
     todo = [run for run in runs if not is_finished(run)]
     for run in todo:
         put_aside(run)
     with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", dynamic_ncols=True) as bar:
         for key in dict.fromkeys(run.launch_key for run in todo):
-            log = out / f"{group}-w{key[0]}.log"
+            log = out / f"{name}-w{key[0]}.log"
             if exit_code := launch([run for run in todo if run.launch_key == key], log, bar):
                 print(f"scripts.sweep: stopped with {exit_code}; see {log}; the same call goes on", file=sys.stderr)
                 return exit_code
-    print(f"{len(runs)} runs in {out}; to compare: python -m scripts.compare --group {group} --out {out}")
-    if list(out.glob(f"{group}-*/wandb/offline-run-*")):
-        print(f"W&B has those kept offline after: wandb sync {out}/{group}-*/wandb/offline-run-*")
     return 0
 
 

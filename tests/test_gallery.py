@@ -1,0 +1,241 @@
+"""The gallery's findings as numbers on small runs; its pages, whose blocks it rewrites and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from loop.book import evaluate, train_epoch_ch3
+from loop.config import InputError
+from loop.data import EvalBatches, Split
+from loop.reduction import Normalize, Reduction, example_weights
+from scripts import figures, gallery, probes
+from scripts.runs import Run
+from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here
+from tests.ranks import World
+
+REDUCTIONS, NORMALIZES = get_args(Reduction), get_args(Normalize)
+
+
+def small_fashion_mnist(examples: int) -> Split:
+    images, labels = probes.data()[0]
+    return Split(images[:examples], labels[:examples])
+
+
+# ---- claim 1
+
+
+def test_a_gradient_never_zeroed_is_the_sum_of_all_so_far() -> None:
+    batches = list(EvalBatches(toy_split(40), batch_size=16))
+    net, loss = probes.fresh("softmax"), nn.CrossEntropyLoss()
+    wanted = sum(probes.gradient(net, loss(net(X), y)) for X, y in batches)
+    train_epoch_ch3(net, batches, loss, probes.NeverZeroed(torch.optim.SGD(net.parameters(), lr=0)))
+    assert torch.allclose(flat_gradient(net), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_zeroing_before_each_backward_throws_micro_batches_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_fashion_mnist(5120)
+    monkeypatch.setattr(probes, "data", lambda: (small, small))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    after, before = (probes.accelerate_losses(accelerator, 4, zero_first)[-1] for zero_first in (False, True))
+    assert after < 1.2 < 1.4 < before
+
+
+# ---- claims 2 and 3
+
+
+@pytest.mark.parametrize("sizes", [(96,), (64, 32, 0, 0), (33, 32, 31), (1, 0, 0)])
+@pytest.mark.parametrize("normalize", NORMALIZES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autograd_weighs_examples_as_the_table_says(
+    reduction: Reduction, normalize: Normalize, sizes: tuple[int, ...]
+) -> None:
+    measured = probes.applied_weights(reduction, normalize, torch.rand(sum(sizes), dtype=torch.float64), sizes)
+    predicted = zip(example_weights(reduction, normalize, sizes), sizes, strict=True)
+    wanted = torch.tensor([weight for weight, size in predicted for _ in range(size)], dtype=torch.float64)
+    assert torch.allclose(measured, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16, 32, 64])
+def test_the_books_last_batch_by_brute_force(world_size: int) -> None:
+    left, weights = 96, []
+    for _ in range(world_size):
+        mine = min(left, 256 // world_size)
+        weights += [96 / (world_size * (mine or 1))] * mine
+        left -= mine
+    ours = probes.effect_of_tail(world_size)
+    assert (ours.lightest, ours.heaviest) == pytest.approx((min(weights), max(weights)), rel=1e-12)
+    assert ours.length == pytest.approx(sum(weights) / 96, rel=1e-12)
+
+
+# ---- claim 4
+
+
+def test_sum_at_lr_over_n_is_the_mean_where_batches_are_full() -> None:
+    mean = toy_config(batch_size=16)
+    by_mean, by_sum = (train_here(config, 64).weights for config in (mean, toy_config(batch_size=16, reduction="sum")))
+    assert relative_distance(by_sum, by_mean) < 1e-12
+
+
+def test_on_ranks_a_plain_loops_sum_wants_w_times_that(world: Callable[[int], World]) -> None:
+    mean = train_here(toy_config(batch_size=16), 64).weights
+    plain = toy_config(batch_size=16, reduction="sum", normalize="rank", lr=2 * 0.05 / 16)
+    for ours in world(2).run(train_here, plain, 64):
+        assert relative_distance(ours.weights, mean) < 1e-12
+    for ours in world(2).run(train_here, replace(plain, lr=0.05 / 16), 64):
+        assert relative_distance(ours.weights, mean) > 0.01
+
+
+def test_sum_at_the_means_lr_spoils_the_mlp_and_only_the_loss_of_softmax_regression() -> None:
+    batches = EvalBatches(small_fashion_mnist(15_360), batch_size=256)
+    per_example = nn.CrossEntropyLoss(reduction="none")
+    results = {}
+    for name, reduction in itertools.product(("softmax", "mlp"), ("mean", "sum")):
+        net = probes.fresh(name)
+        train_epoch_ch3(net, batches, nn.CrossEntropyLoss(reduction=reduction), torch.optim.SGD(net.parameters(), 0.1))
+        results[name, reduction] = net, *evaluate(net, batches, per_example)
+    assert results["softmax", "sum"][1] > 5 > 1 > results["softmax", "mean"][1]
+    assert results["softmax", "sum"][2] > 0.6
+    assert results["mlp", "sum"][2] < 0.15
+    assert probes.dead_units(results["mlp", "sum"][0]) > 0.9
+    accuracy = evaluate(results["softmax", "sum"][0], EvalBatches(probes.data()[1]))[1]
+    loss, shrunk = probes.shrunken(results["softmax", "sum"][0], 1 / 256)
+    assert shrunk == accuracy, "which logit is largest does not depend on their scale"
+    assert loss < 1.5
+
+
+# ---- claim 5
+
+
+def test_means_of_means_are_off_and_sums_are_not() -> None:
+    losses = torch.rand(352, generator=torch.Generator().manual_seed(0)) * torch.arange(352)
+    off = probes.reported_losses(losses, orders=3)
+    assert max(off.pop("sum of float(l) x len(y), over N")) < 1e-6
+    assert all(max(values) > 1e-3 for values in off.values())
+    order = losses[probes.epoch_order(352, 0, 0)].double()
+    ranks = [[*order[0:64], *order[256:320]], [*order[64:128], *order[320:352]], order[128:192], order[192:256]]
+    mean_of_means = sum(sum(rank) / len(rank) for rank in ranks) / 4
+    assert off["4 ranks"][0] == pytest.approx(abs(float(mean_of_means / order.mean()) - 1), rel=1e-4)
+
+
+# ---- claim 6
+
+
+def test_replicas_drift_by_what_the_divisors_predict(world: Callable[[int], World]) -> None:
+    config = toy_config(updater="scratch", reduction="sum", normalize="rank", tail="ragged", batch_size=16, epochs=1)
+    first, second = world(2).run(train_here, config, 16 + 10)  # the last step: 8 and 2
+    apart = torch.cat([(first.weights[name] - second.weights[name]).flatten() for name in first.weights])
+    predicted = config.learning_rate * first.gradients[-1] * (1 / 8 - 1 / 2)
+    assert float((apart + predicted).abs().max()) < 1e-14
+    assert float(predicted.abs().max()) > 1e-3
+
+
+# ---- claim 7 and beyond plain SGD
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_an_accumulated_tail_steps_short_by_the_share_of_cells_that_hold_something(
+    world_size: int, accumulate: int
+) -> None:
+    length = probes.effect_of_tail(world_size, accumulate=accumulate).length
+    cells = world_size * accumulate
+    assert probes.effect_cells(world_size, accumulate) == -(-96 // (256 // cells))
+    assert length == pytest.approx(probes.effect_cells(world_size, accumulate) / cells, rel=1e-12)
+
+
+def test_clipping_makes_sum_and_mean_steps_equally_long() -> None:
+    mean = toy_config(batch_size=16, clip_norm=1e-3)
+    by_mean, by_sum = (train_here(replace(mean, reduction=reduction), 64) for reduction in REDUCTIONS)
+    assert relative_distance(by_sum.weights, by_mean.weights) < 1e-8, "at one lr: torch adds 1e-6 to the norm"
+    for a, b in zip(by_mean.gradients, by_sum.gradients, strict=True):
+        assert float(b.norm() / a.norm()) == pytest.approx(16, rel=1e-4), "before clipping"
+
+
+def test_adamw_hardly_notices_a_sum_where_decayed_sgd_does() -> None:
+    adamw = toy_config(optimizer="adamw", lr=1e-3, batch_size=16)
+    decay = toy_config(batch_size=16, weight_decay=0.1)
+    scaled = replace(decay, reduction="sum", lr=decay.learning_rate / 16)
+    (a, b), (c, d) = (
+        [train_here(config, 64).weights for config in pair]
+        for pair in ((adamw, replace(adamw, reduction="sum")), (decay, scaled))
+    )
+    assert relative_distance(b, a) < 1e-4 < 1e-3 < relative_distance(d, c)
+
+
+def test_float16_loses_what_is_too_large_and_too_small() -> None:
+    over, under = probes.lost_in_float16(torch.tensor([0.0, 1.0, 1e-8, 1e-3, 2.0]), [1.0, 65536.0])
+    assert (over, under) == ([0, 0.5], [0.25, 0])
+
+
+# ---- figures and pages
+
+
+def tail_run(reduction: str, world_size: int, short: float) -> Run:
+    """Three full steps and a short one, as an audit would see their lengths over the exact mean's."""
+    lr, full = (0.1, 1.0) if reduction == "mean" else (0.1 / 256, 256 / world_size)
+    scales = [full, full, full, short]
+    curves = {"audit/grad_scale": list(enumerate(scales)), "step": [(i, i + 1) for i in range(4)]}
+    return Run("run", Path(), {"lr": str(lr), "world_size": str(world_size)}, curves, finished=True)
+
+
+def test_a_title_holds_the_runs_own_number_and_no_finding_is_drawn_that_does_not_hold() -> None:
+    runs = {
+        "tail-mean": [tail_run("mean", 1, 1.0), tail_run("mean", 4, 0.3)],
+        "tail-sum": [tail_run("sum", 1, 96.0), tail_run("sum", 4, 24.0)],
+    }
+    figure, finding = figures.paint(figures.tail, runs)
+    assert "the sum 0.375 times as far" in finding.title
+    assert "0.3 and 0.094" in finding.title
+    assert figure.get_suptitle().replace("\n", " ") == finding.title
+    runs["tail-mean"][0] = tail_run("mean", 1, 0.9)
+    with pytest.raises(probes.DoesNotHoldError, match=r"0\.9"):
+        figures.paint(figures.tail, runs)
+
+
+def test_a_block_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- gallery: x -->\nold\n<!-- end -->\nb\n<!-- gallery: y -->\nkept\n<!-- end -->\n")
+    gallery.write(page, gallery.replaced(page, "x", "new"))
+    assert page.read_text() == (
+        "a\n<!-- gallery: x -->\n\nnew\n\n<!-- end -->\nb\n<!-- gallery: y -->\nkept\n<!-- end -->\n"
+    )
+    again = gallery.replaced(page, "x", "new")
+    assert again == page.read_text()
+    with pytest.raises(InputError, match=r"gallery: z --> \.\.\. <!-- end --> is not there"):
+        gallery.replaced(page, "z", "")
+    page.write_text("<!-- gallery: x -->\nold\n<!-- gallery: y -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="not closed"):
+        gallery.replaced(page, "x", "")
+
+
+def test_every_figure_and_block_has_its_place_its_function_and_its_picture() -> None:
+    from scripts import blocks
+
+    for name in gallery.NEEDS:
+        gallery.replaced(gallery.page_of(name), name, "")
+        assert callable(getattr(figures if name in gallery.FIGURES else blocks, name))
+    gallery.replaced(gallery.PAGE, gallery.WHOLE, "")
+    assert {study for studies in gallery.NEEDS.values() for study in studies} == set(gallery.STUDIES)
+    pictures = sorted(gallery.PICTURES.glob("gallery-*.png"))
+    assert len(pictures) == len(gallery.FIGURES)
+    assert all(picture.stat().st_size < 60_000 for picture in pictures)
+
+
+def test_every_study_can_be_run_and_no_two_runs_share_a_folder(tmp_path: Path) -> None:
+    planned = [run for study in gallery.STUDIES for run in gallery.planned_runs(study, tmp_path)]
+    assert len({run.folder for run in planned}) == len(planned)
+    assert len({run.launch_key for run in planned}) == 4, "a launch a world size"
+
+
+def test_a_figure_that_is_not_there_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gallery.main(["--only", "nonsense"]) == 2
+    assert capsys.readouterr().err.startswith("scripts.gallery: error: --only nonsense: there is no such figure")
