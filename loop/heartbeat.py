@@ -19,6 +19,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 BEAT_S = 1.0
 LISTEN_S = 3 * BEAT_S  # between two looks at the others
 STORE = timedelta(seconds=5)
+ANSWER_S = LISTEN_S + STORE.total_seconds()  # a store that has not answered by then is out of reach
 
 
 class Heartbeat:
@@ -47,15 +48,27 @@ class Heartbeat:
         if self.store:
             if error is not None:
                 self.leave_word("failed")
-            self.thread.join()
+            self.thread.join(2 * BEAT_S)  # it hangs where the store is out of reach
 
     def accuse(self) -> str | None:
         """Return which ranks the others lost, and why; None on ranks that need not say it, since another does.
 
-        To be called on each rank whose collective failed.
+        To be called on each rank whose collective failed. Takes ANSWER_S at most, on a thread: where a cable is cut, a
+        TCPStore's own time-out goes on to wait for the store's consent to it, which TCP gives up after 15 minutes.
         """
         if not self.store:
             return "lost the other ranks"
+        answers: list[str | None] = []
+        asking = threading.Thread(target=lambda: answers.append(self._ask()), name="accuse", daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return answers[0] if answers else self._lost_store()
+
+    def _lost_store(self) -> str:
+        return f"rank {self.rank} lost the ranks' store: its process (rank 0's, or the launcher's) is gone or cut off"
+
+    def _ask(self) -> str | None:
+        """Return what `accuse` does, in as long as the store takes."""
         try:
             self.leave_word("lost")
             before = self._beats()
@@ -63,7 +76,7 @@ class Heartbeat:
             after = self._beats()
             words = [self._read(f"word/{rank}") for rank in range(self.world_size)]
         except RuntimeError:
-            return f"rank {self.rank} lost the launcher's store: the launcher, or its machine, is gone"
+            return self._lost_store()
         if "failed" in words:  # it has said why itself
             return None
         silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
