@@ -8,8 +8,8 @@
 # Further variables, all optional:
 #   NPROC           ranks on this node: one a GPU, or 2 where there is none
 #   MASTER_PORT     29500; the ranks open further ports of their own, so the nodes must trust one another
-#   MAX_RESTARTS    0: how often torchrun may start the ranks anew after one of them failed. Needs --run-name, and adds
-#                   --resume auto: they go on from the newest checkpoint. NODE_RANK or c10d, the nodes stay NNODES
+#   MAX_RESTARTS    0: how often torchrun may start all ranks anew after one has failed (c10d only). Needs --run-name, and
+#                   adds --resume auto: they go on from the newest checkpoint
 #   JOIN_S          600: seconds that a node waits for the others
 #   IFNAME          interface between the nodes: the one on the way to HOST. Sets GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
 #   NCCL_IB_HCA, NCCL_DEBUG=INFO, ...   reach NCCL as they are
@@ -37,6 +37,8 @@ else
     [ -n "${NODE_RANK:-}" ] || die "which node is this? NODE_RANK=0 on $MASTER_ADDR, then 1 to $((NNODES - 1))"
     number NODE_RANK
     [ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
+    # torchrun's static store keeps the ranks' addresses of the attempt before.
+    [ "$MAX_RESTARTS" -eq 0 ] || die "MAX_RESTARTS=$MAX_RESTARTS needs RDZV_ENDPOINT and RDZV_ID, not NODE_RANK"
     endpoint=$MASTER_ADDR:$MASTER_PORT
 fi
 if [ "$MAX_RESTARTS" -gt 0 ]; then
@@ -66,6 +68,7 @@ if [ -n "${RDZV_ENDPOINT:-}" ]; then
     # Who hosts the store: torch's own guess goes by names. On loopback, with several "nodes" on a machine, it is right.
     [ "$interface" = lo ] || hosts=,is_host=$([ "$part" = host ] && echo 1 || echo 0)
     elastic+=(--rdzv_conf "join_timeout=$JOIN_S${hosts:-}")
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else a restart may meet the last attempt's addresses: pytorch/135712
 else
     elastic+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     elastic+=(--rdzv_conf "timeout=$JOIN_S")

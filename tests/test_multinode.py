@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,12 +17,13 @@ from safetensors.torch import load_file
 
 from loop.config import InputError
 from scripts import interface
-from tests.cases import Weights, relative_distance
+from tests.cases import relative_distance
 from tests.hosts import ADDRESSES, NAMES, NoHostsError, TwoHosts
 from tests.launches import LAUNCHES, kill, launch, rows_of, start
 
 MULTINODE = ["bash", "scripts/multinode.sh"]
-SLICE = ["--dtype", "float64", "--epochs", "2", "--train-examples", "1003", "--batch-size", "128"]
+SLICE = ["--dtype", "float64", "--epochs", "20", "--train-examples", "1003", "--batch-size", "128"]
+DDP_TIMEOUT_S, NOTICED_S = 5, 10
 MEETINGS: dict[str, list[dict[str, str]]] = {  # one host's variables, and the other's
     "static": [{"NODE_RANK": rank, "MASTER_ADDR": ADDRESSES[0]} for rank in "01"],
     "c10d": [{"RDZV_ENDPOINT": f"{ADDRESSES[0]}:29500", "RDZV_ID": "test"}] * 2,
@@ -38,12 +40,12 @@ def hosts() -> Iterator[TwoHosts]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    """What one process comes to."""
+def meeting_statically(hosts: TwoHosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run over both hosts, a rank on each."""
     out = tmp_path_factory.mktemp("runs")
-    done = launch(LAUNCHES["python"], out, *SLICE, "--run-name", "plain")
-    assert done.returncode == 0, done.stderr
-    return load_file(out / "plain" / "model.safetensors")
+    for code, said in results(start_on_both(hosts, "static", out, "--run-name", "static"), 120):
+        assert code == 0, said
+    return out / "static"
 
 
 def start_on_both(hosts: TwoHosts, meeting: str, out: Path, *flags: str, **environ: str) -> list[subprocess.Popen[str]]:
@@ -63,14 +65,36 @@ def results(nodes: list[subprocess.Popen[str]], timeout_s: float) -> list[tuple[
                 kill(node)
 
 
-@pytest.mark.parametrize("meeting", MEETINGS)
-def test_two_hosts_come_to_the_weights_of_one_process(
-    meeting: str, hosts: TwoHosts, plain: Weights, tmp_path: Path
+def test_two_hosts_come_to_the_weights_of_one_process(meeting_statically: Path, tmp_path: Path) -> None:
+    done = launch(LAUNCHES["python"], tmp_path, *SLICE, "--run-name", "plain")
+    assert done.returncode == 0, done.stderr
+    weights, plain = (load_file(run / "model.safetensors") for run in (meeting_statically, tmp_path / "plain"))
+    assert relative_distance(weights, plain) < 1e-12
+    assert len(json.loads((meeting_statically / "config.json").read_text())["devices"]) == 2
+
+
+def test_a_host_cut_off_for_a_while_costs_a_restart_and_not_a_digit(
+    hosts: TwoHosts, meeting_statically: Path, tmp_path: Path
 ) -> None:
-    for code, said in results(start_on_both(hosts, meeting, tmp_path, "--run-name", meeting), 120):
-        assert code == 0, said
-    assert relative_distance(load_file(tmp_path / meeting / "model.safetensors"), plain) < 1e-12
-    assert {row["step/n_max"] for row in rows_of(tmp_path / meeting) if "step/n_max" in row} <= {64}, "two ranks"
+    flags = ["--run-name", "cut", "--checkpoint-every", "5", "--ddp-timeout", str(DDP_TIMEOUT_S)]
+    nodes = start_on_both(hosts, "c10d", tmp_path, *flags, MAX_RESTARTS="5", JOIN_S="60")
+    rows = tmp_path / "cut" / "metrics.jsonl"
+    while not (rows.exists() and rows.read_bytes().count(b"\n") > 3):
+        assert nodes[0].poll() is None, nodes[0].communicate()[1]
+        time.sleep(0.01)
+    hosts.cable("down")
+    cut = time.monotonic()
+    assert nodes[0].stderr
+    said = next((line for line in nodes[0].stderr if "train.py: error" in line), "nothing")
+    noticed_s = time.monotonic() - cut
+    hosts.cable("up")
+    for code, rest in results(nodes, 120):
+        assert code == 0, rest
+    assert "rank 1 is dead, stopped, or cut off" in said
+    assert noticed_s < DDP_TIMEOUT_S + NOTICED_S
+    weights, uncut = (load_file(run / "model.safetensors") for run in (tmp_path / "cut", meeting_statically))
+    assert all(weights[name].equal(uncut[name]) for name in uncut)
+    assert rows_of(tmp_path / "cut") == rows_of(meeting_statically)
 
 
 def refusal(*flags: str, **environ: str) -> str:
@@ -98,7 +122,8 @@ def refusal(*flags: str, **environ: str) -> str:
         ("NNODES=2 MASTER_ADDR=h NODE_RANK=2", "NODE_RANK=2 must be below NNODES=2"),
         ("NNODES=2 RDZV_ENDPOINT=h:1", "RDZV_ENDPOINT needs RDZV_ID"),
         ("NNODES=2 RDZV_ENDPOINT=h:1 RDZV_ID=1 NODE_RANK=0", "not both"),
-        ("NNODES=2 MASTER_ADDR=h NODE_RANK=0 MAX_RESTARTS=1", "MAX_RESTARTS=1 needs --run-name"),
+        ("NNODES=2 MASTER_ADDR=h NODE_RANK=0 MAX_RESTARTS=1", "MAX_RESTARTS=1 needs RDZV_ENDPOINT and RDZV_ID"),
+        ("NNODES=2 RDZV_ENDPOINT=h:1 RDZV_ID=1 MAX_RESTARTS=1", "MAX_RESTARTS=1 needs --run-name"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused_in_a_line(environ: str, complaint: str) -> None:
