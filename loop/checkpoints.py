@@ -199,6 +199,12 @@ def newest(run: Path, identity: str) -> Path | None:
     return None
 
 
+def how_to_go_on(run: Path | None) -> str:
+    """Return in one sentence what is left of a run that failed."""
+    kept = sorted((run / "checkpoints").glob(NAMES)) if run else []
+    return f"Its last checkpoint, {kept[-1]}, is kept: --resume auto goes on" if kept else "It has no checkpoint"
+
+
 def identity_of(checkpoint: Path) -> str:
     """Return which run's a checkpoint is."""
     return str(json.loads((checkpoint / STATE).read_text())["identity"])

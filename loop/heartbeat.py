@@ -84,6 +84,7 @@ class Heartbeat:
         accusers = [rank for rank in range(self.world_size) if words[rank] and rank not in silent]
         if self.rank != min(accusers, default=self.rank):
             return None
+        self.leave_word("failed")  # before this rank falls silent, too
         if silent:
             return f"rank {_listed(silent)} is dead, stopped, or cut off: no sign of life for {LISTEN_S:g} s"
         if hanging:

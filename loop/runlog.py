@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +54,7 @@ class RunLog:
         self.accelerator, self.config, self.shards, self.net = accelerator, config, shards, net
         self.audit, self.checkpoints, self.stop, self.animator = audit, checkpoints, stop, animator
         self.epoch, self.epoch_steps, self.step, self.examples = 1, 0, 0, 0
+        self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
         self.bar = tqdm(
             total=config.epochs * len(shards.steps),
@@ -79,10 +79,10 @@ class RunLog:
             self.audited = audit_every > 0 and (number % audit_every == 0 or len(set(cell.step.sizes)) > 1)
             self.due = number % self.config.log_every == 0
         if self.audited:
-            self.audit.saw(X, y)
+            self.audit.saw(X, y, last=cell.last)
 
     def on_gradient(self, cell: Cell, divisor: int) -> None:
-        """Audit the step's gradient and note its norm, before clipping."""
+        """Compare the step's gradient and note its norm, before clipping."""
         if self.audited:
             self.audit.compare(divisor)
         if self.due:
@@ -105,7 +105,7 @@ class RunLog:
             self._save()
 
     def _log_step(self, sizes: tuple[int, ...]) -> None:
-        stops, row = 0.0, {}
+        stops, row = 0.0, self._numbered({})
         if self.due:
             self.sums.add(0, 0, 0, self.stop.signum != 0)
             if self.accelerator.num_processes > 1:
@@ -113,7 +113,7 @@ class RunLog:
             loss, acc, stops = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2], self.sums[3]
             self.sums.reset()
             self._show(loss, acc, (self.bar.format_dict["rate"] or 0.0) * self.config.batch_size)
-            row = {"step/loss": loss, "step/grad_norm": float(self.grad_norm)}
+            row |= {"step/loss": loss, "step/grad_norm": float(self.grad_norm)}
         row |= {
             "step/n_global": sum(sizes),
             "step/n_min": min(sizes),
@@ -121,16 +121,16 @@ class RunLog:
             "step/lr_effective": self.config.effective_lr(sizes, self.shards.world_size),
         }
         if self.audited:
-            reading = self.audit.readings[-1]
-            row |= dict(zip(AUDIT_KEYS, reading[:-1], strict=True))
-        self._log(row)
-        if self.audited:
-            self._check_audit(reading)
+            self.unread.append(row)
+        if self.due or self.config.audit_fail is not None:
+            self._read_audit()
+        if self.due and not self.audited:
+            self._log(row)
         if self.due:
             self._check_loss(loss)
         if stops:
             self._save()
-            raise Stopped(self.stop.signum or signal.SIGTERM)
+            raise Stopped(self.stop)
 
     def _check_loss(self, loss: float) -> None:
         """Raise NotFinite for a loss that is not, with what to try."""
@@ -146,26 +146,35 @@ class RunLog:
             f"try {remedy}; ended"
         )
 
+    def _read_audit(self) -> None:
+        """Log the rows that have waited for what their audits found."""
+        rows, self.unread = self.unread, []
+        for row, reading in zip(rows, self.audit.collect(), strict=True):
+            self._log(row | dict(zip(AUDIT_KEYS, reading[:-1], strict=True)))
+            self._check_audit(int(row["step"]), reading)
+
     def _save(self) -> None:
+        self._read_audit()
         if not self.checkpoints.save(Progress(self.epoch, self.epoch_steps, self.step, self.examples)):
             self._check_loss(math.nan)
 
-    def _check_audit(self, reading: Reading) -> None:
+    def _check_audit(self, step: int, reading: Reading) -> None:
         """Raise AuditFailed for more than `--audit-fail` allows, but in a step that fp16's overflow skips."""
         config, excess = self.config, max(reading.grad_rel_err, reading.replica_drift)
         skipped = self.accelerator.scaler is not None and not math.isfinite(excess)
         if config.audit_fail is not None and not excess <= config.audit_fail and not skipped:
             raise AuditFailed(
-                f"audit failed: rank {reading.rank}'s gradient is {reading.grad_rel_err:.3g} (relative) off one "
-                f"process's, the replicas {reading.replica_drift:.3g} apart, more than --audit-fail allows "
+                f"audit failed: at step {step} rank {reading.rank}'s gradient is {reading.grad_rel_err:.3g} (relative) "
+                f"off one process's, the replicas {reading.replica_drift:.3g} apart, more than --audit-fail allows "
                 f"({config.audit_fail:g}), under --reduction {config.reduction} --normalize {config.normalize} "
                 f"--tail {config.tail} --updater {config.updater},"
             )
 
     def after_epoch(self, epoch: Epoch) -> None:
         """Log an epoch's row, draw its points, save a checkpoint."""
+        self._read_audit()
         census = self.shards.census
-        row = self._log(
+        row = self._numbered(
             {
                 "train/loss": epoch.train_loss,
                 "train/acc": epoch.train_acc,
@@ -179,6 +188,7 @@ class RunLog:
                 "time/examples_per_s": (census.seen + census.duplicated) / epoch.seconds,
             }
         )
+        self._log(row)
         self._show(epoch.train_loss, epoch.train_acc, row["time/examples_per_s"])
         self._show_epoch(row)
         self._check_loss(epoch.train_loss)
@@ -189,7 +199,7 @@ class RunLog:
             stops.all_reduce()
         self._save()
         if stops[0]:
-            raise Stopped(self.stop.signum or signal.SIGTERM)
+            raise Stopped(self.stop)
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:
         self.summary = dict(row)
@@ -203,7 +213,8 @@ class RunLog:
         """End the progress bar."""
         self.bar.close()
 
-    def _log(self, values: dict[str, float]) -> dict[str, float]:
-        row = {"epoch": self.epoch, "step": self.step, "examples": self.examples, **values}
-        self.accelerator.log(row, step=self.step)
-        return row
+    def _numbered(self, values: dict[str, float]) -> dict[str, float]:
+        return {"epoch": self.epoch, "step": self.step, "examples": self.examples, **values}
+
+    def _log(self, row: dict[str, float]) -> None:
+        self.accelerator.log(row, step=int(row["step"]))

@@ -373,7 +373,7 @@ def lr(figure: Figure, runs: Runs) -> Finding:
     require(gap < 0.02 and ratio[1] == BATCH and ratio[4] == BATCH / 4, f"gap {gap}, best lr's ratios {ratio}")
     return Finding(
         f"The sum's best lr is 1/{ratio[1]:.0f} of the mean's in one process, 1/{ratio[4]:.0f} on 4 ranks: "
-        "the factor is n/W; over the effective lr the six curves are one",
+        "the factor is n/W; over the effective lr the six curves are one, up to its best",
         f"The mlp learns best at lr {best['mean', 1]:.3g} by mean and {best['sum', 1]:.3g} by sum: n = {BATCH} apart.",
         "The mean's curve stays where it is for W = 1, 2, 4; a plain loop's sum moves right by W (best on 4 ranks: "
         f"{best['sum', 4]:.3g}). Over the effective lr, runs at the same value agree to {gap:.4f} of accuracy up to "
@@ -451,7 +451,7 @@ def drift(figure: Figure, runs: Runs) -> Finding:
         f"loss differs by more than {gap:.1g}, the short batches included.",
         f"Each rank divides by its own share: on 4 ranks the replicas part further at {len(jumps)} of {len(steps)} "
         "steps, the epochs' short last ones, and keep their distance in between (3 ranks cannot divide the batch "
-        f"evenly, and divide by different numbers at every step); nothing is said. After {{steps[-1]:.0f}} steps a "
+        f"evenly, and divide by different numbers at every step); nothing is said. After {steps[-1]:.0f} steps a "
         f"parameter differs by {apart[2][-1]:.2g}, {apart[3][-1]:.2g}, {apart[4][-1]:.2g} on 2, 3, 4 ranks; "
         f"{max(together):g} under `global`. On all 60000 examples, 3 epochs, 4 ranks it is {book:.2g}: one step in "
         "235.",

@@ -58,7 +58,7 @@ def train_here(config: Config, examples: int) -> Trained:
 
     def show_audit(X: Tensor, y: Tensor, cell: Cell) -> None:
         if config.audit_every:
-            audit.saw(X, y)
+            audit.saw(X, y, last=cell.last)
 
     train_iter = TrainBatches(toy_split(examples), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=show_audit)
     test_iter = EvalBatches(toy_split(TEST_EXAMPLES, 1), rank=rank, world_size=world_size, dtype=dtype, batch_size=5)
@@ -78,6 +78,7 @@ def train_here(config: Config, examples: int) -> Trained:
         make_updater(accelerator, net, config, keep_gradient),
         after_epoch=epochs.append,
     )
+    audit.collect()
     return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, audit.readings)
 
 

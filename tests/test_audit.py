@@ -129,8 +129,8 @@ def test_an_audited_run_is_bit_equal_to_one_that_is_not(world: Callable[[int], W
         ("lenet", {}, 1e-12),
         ("mlp", {"dtype": "float32"}, 1e-5),
         ("lenet", {"dtype": "float32"}, 1e-5),
-        ("softmax", {"dtype": "float32", "mixed_precision": "bf16"}, 0.1),
-        ("mlp", {"dtype": "float32", "mixed_precision": "bf16"}, 0.1),
+        ("softmax", {"dtype": "float32", "mixed_precision": "bf16"}, 2e-2),
+        ("mlp", {"dtype": "float32", "mixed_precision": "bf16"}, 2e-2),
     ],
 )
 def test_a_right_gradient_is_off_by_rounding_alone(
@@ -263,6 +263,6 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     )  # fmt: skip
     assert wrong.returncode == 1
     (said,) = wrong.stderr.splitlines()
-    assert said.startswith("train.py: audit failed: rank 0's gradient is ")
+    assert said.startswith("train.py: audit failed: at step 5 rank 0's gradient is ")
     assert "under --reduction mean --normalize rank --tail ragged --updater torch, after step 5" in said
     assert rows_of(tmp_path / "b")[-1]["audit/grad_rel_err"] > 0.01

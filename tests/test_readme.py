@@ -123,6 +123,11 @@ def trained(args: list[str], out: Path) -> tuple[dict[str, float], str]:
     path = out / "run" / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     named = {key.replace("/", " ").replace("acc", "accuracy"): value for key, value in summary.items()}
+    if config.audit_every and summary:
+        last = [row for row in map(json.loads, (out / "run" / "metrics.jsonl").open()) if "audit/grad_scale" in row][-1]
+        error = f"{last['audit/grad_rel_err']:.3g}" if last["audit/grad_rel_err"] > 1e-6 else "less than 1e-6"
+        text = f"step {last['step']}: {error} of the gradient's length off, cosine {last['audit/grad_cosine']:.2g}"
+        return named, text
     return named, last_batch(config, config.shards(config.training_size(60_000), world_size))
 
 
@@ -213,7 +218,7 @@ def taken_home(block: str, folder: str, count: int, tokens: bool, accelerated: b
 def test_what_is_taken_home_takes_one_processs_steps(
     world: Callable[[int], World], world_size: int, count: int, tokens: bool, accelerated: bool, tmp_path: Path
 ) -> None:
-    (block,) = blocks("python")
+    (block,) = (block for block in blocks("python") if "def train_step" in block)
     shutil.copy(ROOT / "loop" / "reduction.py", tmp_path)
     net, optimizer = net_and_optimizer()
     plain = []
@@ -233,6 +238,25 @@ def test_what_is_taken_home_takes_one_processs_steps(
         assert (weights - want).norm() <= 1e-12 * want.norm()
         assert losses == pytest.approx(plain, rel=1e-12, nan_ok=True)
         assert collectives == (3 if world_size > 1 else 0), "n, the gradient and the loss, once each"
+
+
+def audited_as_written(block: str) -> float:
+    """Run the README's audit around a loop of three uneven batches on this rank."""
+    net, optimizer = net_and_optimizer()
+    if torch.distributed.is_initialized():
+        net = DistributedDataParallel(net)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    loader = [batch for step in (0, 2) for batch in micro_batches(rank, 2, step, tokens=False)[:1]]
+    namespace = {"net": net, "loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "loader": loader}
+    exec(compile(block, "README.md", "exec"), namespace)
+    assert len(namespace["a"].readings) == 2
+    return namespace["worst"]
+
+
+def test_the_audit_runs_as_written_and_finds_the_mean_of_means(world: Callable[[int], World]) -> None:
+    (block,) = (block for block in blocks("python") if "audit(" in block)
+    assert world(1).run(audited_as_written, block)[0] < 1e-12
+    assert world(2).run(audited_as_written, block)[0] > 1e-2  # of 1 and 2 examples
 
 
 @pytest.mark.parametrize(("norm", "exact"), [(nn.BatchNorm1d, False), (nn.LayerNorm, True)])
