@@ -71,7 +71,7 @@ def train(config: Config) -> int:
     from loop.animator import Animator
     from loop.audit import Audit
     from loop.book import CURVES, Accumulator, train_ch3
-    from loop.checkpoints import Checkpoints, beginning, how_to_go_on
+    from loop.checkpoints import Checkpoints, beginning, failing_as_os_error, how_to_go_on
     from loop.data import EvalBatches, TrainBatches, load
     from loop.folder import open_run, write_json
     from loop.heartbeat import Heartbeat, is_lost_peer
@@ -134,7 +134,8 @@ def train(config: Config) -> int:
             log.close()
             if animator:
                 animator.save()
-                save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
+                with failing_as_os_error(folder):
+                    save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
                 write_json(folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
                 print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
             exit_code = 0
@@ -144,8 +145,8 @@ def train(config: Config) -> int:
             if main:
                 print(f"train.py: {ended} after step {log.step}. {how_to_go_on(folder)}", file=sys.stderr)
         except OSError as error:
-            heartbeat.leave_word("failed")
-            print(f"train.py: error: the run cannot be saved: {error}. {how_to_go_on(folder)}", file=sys.stderr)
+            if heartbeat.is_first_to_fail():
+                print(f"train.py: error: the run cannot be saved: {error}. {how_to_go_on(folder)}", file=sys.stderr)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
