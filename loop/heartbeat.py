@@ -19,6 +19,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 BEAT_S = 1.0
 LISTEN_S = 3 * BEAT_S  # between two looks at the others
 STORE = timedelta(seconds=5)
+ANSWER_S = LISTEN_S + STORE.total_seconds()  # a store that has not answered by then is out of reach
 
 
 class Heartbeat:
@@ -47,7 +48,7 @@ class Heartbeat:
             self.is_first_to_fail()
         self.ended.set()
         if self.store:
-            self.thread.join()
+            self.thread.join(2 * BEAT_S)  # it hangs where the store is out of reach
 
     def is_first_to_fail(self) -> bool:
         """Note that this rank has failed; return whether it is for this one to say why."""
@@ -60,18 +61,31 @@ class Heartbeat:
     def accuse(self) -> str | None:
         """Return which ranks the others lost, and why; None on ranks that need not say it, since another has.
 
-        To be called on each rank whose collective failed.
+        To be called on each rank whose collective failed. Takes ANSWER_S at most, on a thread: where a cable is cut, a
+        TCPStore's own time-out goes on to wait for the store's consent to it, which TCP gives up after 15 minutes.
         """
         if not self.store:
             return "lost the other ranks"
+        answers: list[str | None] = []
+        asking = threading.Thread(target=lambda: answers.append(self._ask()), name="accuse", daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return answers[0] if answers else self._lost_store()
+
+    def _lost_store(self) -> str:
+        holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        return f"rank {self.rank} lost {holder}, and with it the store that all ranks share"
+
+    def _ask(self) -> str | None:
+        """Return what `accuse` does, in as long as the store takes."""
+        assert self.store
         try:
             self.store.set(f"lost/{self.rank}", "yes")
             before = self._read("beat")
             time.sleep(LISTEN_S)
             after, lost = self._read("beat"), self._read("lost")
         except RuntimeError:
-            holder = "the launcher" if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else "rank 0"
-            return f"rank {self.rank} lost {holder}, and with it the store that all ranks share"
+            return self._lost_store()
         if not self.is_first_to_fail():
             return None
         silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
