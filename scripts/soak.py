@@ -1,7 +1,7 @@
 """Kill ranks or launcher at random, go on by --resume auto, hold the end bit for bit against a run that nobody killed.
 
     python -m scripts.soak --kills 50 --world-size 2
-    python -m scripts.soak --kills 10 --world-size 3 --net lenet --seed 7
+    python -m scripts.soak --kills 10 --world-size 3 --seed 7 -- --net lenet
 
 Each round sends SIGKILL, at a random moment of its start, its training or its saving, to one rank or to the launcher
 (python itself where W = 1), waits until every process of it is gone, and starts the same command again. The run after
@@ -139,10 +139,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--checkpoint-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
-    flags, train = parser.parse_known_args(args)  # the rest goes to train.py
+    parser.add_argument("train", nargs="*", metavar="-- FLAGS", help="of train.py")
+    flags = parser.parse_args(args)
     if min(flags.kills, flags.world_size, flags.checkpoint_every) < 1:
         parser.error("--kills, --world-size and --checkpoint-every must be at least 1")
-    train = train or ["--net", "mlp", "--epochs", "3", "--train-examples", "20000"]
+    train = flags.train or ["--net", "mlp", "--epochs", "3", "--train-examples", "20000"]
     with tempfile.TemporaryDirectory() as out:
         try:
             differs = soak(flags, train, Path(out))

@@ -11,7 +11,7 @@ from scripts import soak
 
 
 def test_three_kills_end_bit_equal(capsys: pytest.CaptureFixture[str]) -> None:
-    code = soak.main(["--kills", "3", "--world-size", "2", "--epochs", "2", "--train-examples", "10000"])
+    code = soak.main(["--kills", "3", "--world-size", "2", "--", "--epochs", "2", "--train-examples", "10000"])
     said = capsys.readouterr()
     assert code == 0, said.err
     assert "bit-equal" in said.out
@@ -27,7 +27,7 @@ def test_the_soak_tells_a_run_that_differs(tmp_path: Path) -> None:
     assert soak.compare(tmp_path / "c", tmp_path / "b") == ["weights", "rows"]
 
 
-@pytest.mark.parametrize("flags", [["--kills", "0"], ["--world-size", "0"], ["--kills", "1", "--net", "resnet"]])
+@pytest.mark.parametrize("flags", [["--kills", "0"], ["--world-size", "0"], ["--kills", "1", "--", "--net", "resnet"]])
 def test_bad_flags_end_it(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = soak.main(flags)
