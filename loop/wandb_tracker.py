@@ -257,4 +257,4 @@ def count_rows(directory: Path) -> int | None:
         kinds = [json.loads(line)["type"] for line in done.stdout.splitlines()]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError):
         return None
-    return kinds.count("history") if kinds else None
+    return None if done.returncode and not kinds else kinds.count("history")

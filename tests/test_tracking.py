@@ -259,6 +259,10 @@ def test_rows_lost_by_w_and_b_are_counted(offline: tuple[Path, str], tmp_path: P
     part = count_rows(tmp_path)
     assert part == len(read_run(tmp_path)["history"])
     assert 0 < part < whole
+    (tmp_path / "run-x.wandb").write_bytes(b"")  # as a service that was killed before it wrote leaves it
+    assert count_rows(tmp_path) == 0
+    (tmp_path / "run-x.wandb").write_bytes(b"not a file of W&B's")
+    assert count_rows(tmp_path) is None
 
 
 def test_the_same_id_goes_on_with_the_same_online_run(stub: WandbStub, tmp_path: Path) -> None:
