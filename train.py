@@ -1,12 +1,12 @@
-r"""Train a net on Fashion-MNIST on any number of ranks, with the weights of one process.
+"""Train a net on Fashion-MNIST on any number of ranks, with the weights of one process.
 
     python train.py                                                   one process: a CPU, or a GPU
     scripts/train.sh --reduction mean                                 all GPUs, or 2 CPU ranks; installs what is missing
     accelerate launch train.py --reduction mean                       as your `accelerate config` says
     accelerate launch --multi_gpu --num_processes 4 train.py          4 ranks, on GPUs or on CPUs
     torchrun --nproc_per_node 4 train.py --net lenet                  the same
-    torchrun --nnodes 2 --node_rank R --nproc_per_node 8 \
-        --master_addr HOST --master_port 29500 train.py               two machines, R = 0 on HOST and 1 on the other
+    scripts/multinode.sh, scripts/slurm.sbatch                        several machines
+    python train.py --resume auto                                     goes on after whatever ended it
     python train.py --help                                            every flag
 
 To see what goes wrong without `--normalize global`:
@@ -22,6 +22,7 @@ from typing import Any
 from loop.config import Config, InputError, parse
 from loop.fetch import provide
 from loop.launch import count_gpus, launched_local_rank, launched_rank, launched_world_size, make_accelerator
+from loop.stopping import RunEnded, StopSignal
 
 
 def main() -> None:
@@ -62,7 +63,12 @@ def train(config: Config) -> int:
 
     May be called again in the same process, whose group of ranks it leaves standing.
     """
-    import torch  # not before the flags are known to be good: it takes seconds
+    with StopSignal() as stop:  # before torch, whose import takes seconds
+        return _train(config, stop)
+
+
+def _train(config: Config, stop: StopSignal) -> int:
+    import torch
     from accelerate.utils import broadcast_object_list
     from safetensors.torch import save_file
     from torch import nn
@@ -77,7 +83,6 @@ def train(config: Config) -> int:
     from loop.heartbeat import Heartbeat, is_lost_peer
     from loop.nets import make_net
     from loop.runlog import RunLog
-    from loop.stopping import RunEnded, StopSignal
     from loop.tracking import JsonlTracker, describe, finish
     from loop.updater import make_updater, settle_buckets
     from loop.wandb_tracker import make_tracker
@@ -90,10 +95,8 @@ def train(config: Config) -> int:
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     shards = config.shards(len(train_split.labels), world_size)
     exit_code, folder = 1, None
-    with (
-        Heartbeat(rank, world_size) as heartbeat,
-        StopSignal(last_resort=lambda code: finish(accelerator, code)) as stop,
-    ):
+    stop.last_resort = lambda code: finish(accelerator, code)
+    with Heartbeat(rank, world_size) as heartbeat:
         try:
             begun: list[Any] = [None, None, None]
             if main:

@@ -11,11 +11,14 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+T = TypeVar("T")
 BEAT_S = 1.0
 LISTEN_S = 3 * BEAT_S  # between two looks at the others
 STORE = timedelta(seconds=5)
@@ -51,26 +54,34 @@ class Heartbeat:
             self.thread.join(2 * BEAT_S)  # it hangs where the store is out of reach
 
     def is_first_to_fail(self) -> bool:
-        """Note that this rank has failed; return whether it is for this one to say why."""
-        if not self.store:
-            return True
-        with contextlib.suppress(RuntimeError):
-            return bool(self.store.add("failed", 1) == 1)
-        return False
+        """Note that this rank has failed; return whether it is for this one to say why. Takes ANSWER_S at most."""
+        return self._in_time(self._note_failure, otherwise=True) if self.store else True
 
     def accuse(self) -> str | None:
         """Return which ranks the others lost, and why; None on ranks that need not say it, since another has.
 
-        To be called on each rank whose collective failed. Takes ANSWER_S at most, on a thread: where a cable is cut, a
-        TCPStore's own time-out goes on to wait for the store's consent to it, which TCP gives up after 15 minutes.
+        To be called on each rank whose collective failed. Takes ANSWER_S at most.
         """
-        if not self.store:
-            return "lost the other ranks"
-        answers: list[str | None] = []
-        asking = threading.Thread(target=lambda: answers.append(self._ask()), name="accuse", daemon=True)
+        no_answer: str | None = self._lost_store()
+        return self._in_time(self._ask, no_answer) if self.store else "lost the other ranks"
+
+    def _in_time(self, ask: Callable[[], T], otherwise: T) -> T:
+        """Return what the store answers within ANSWER_S.
+
+        On a thread: where a cable is cut, a TCPStore's own time-out goes on to wait for the store's consent to it,
+        which TCP gives up after 15 minutes.
+        """
+        answers: list[T] = []
+        asking = threading.Thread(target=lambda: answers.append(ask()), name="ask the store", daemon=True)
         asking.start()
         asking.join(ANSWER_S)
-        return answers[0] if answers else self._lost_store()
+        return answers[0] if answers else otherwise
+
+    def _note_failure(self) -> bool:
+        assert self.store
+        with contextlib.suppress(RuntimeError):
+            return bool(self.store.add("failed", 1) == 1)
+        return False
 
     def _lost_store(self) -> str:
         holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
@@ -86,7 +97,7 @@ class Heartbeat:
             after, lost = self._read("beat"), self._read("lost")
         except RuntimeError:
             return self._lost_store()
-        if not self.is_first_to_fail():
+        if not self._note_failure():
             return None
         silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
         hanging = [rank for rank in range(self.world_size) if lost[rank] == "no"]

@@ -3,7 +3,7 @@
 A rank that stopped alone would leave the others waiting in their next all-reduce. So a signal is only noted; the next
 log step's reduce carries the note to all ranks, and all stop there. Where that does not happen in time (a peer is dead,
 the steps are long), a thread, which runs even while the main thread waits in a collective, saves what there is and ends
-the process.
+the process. Before the ranks have joined there is nothing to save, and it ends at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 1  # between looks at whether the launcher is alive
 GRACE_S = 8  # torchrun kills 30 s after its SIGTERM, and ending a W&B run may take 20
+LAUNCHER = os.getppid() if "LOCAL_RANK" in os.environ else None  # as of the import, before what is slow
 
 
 class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to together
@@ -43,10 +44,11 @@ class StopSignal:
 
     signum: the signal noted, 0 for none. handled: to be set by whoever acts on it, or has no need to any more.
     last_resort: called in a thread, with the exit code, if nobody has within GRACE_S seconds; then the process ends.
+    None, as at first, where nothing would be lost: it ends at once.
     """
 
-    def __init__(self, last_resort: Callable[[int], None]) -> None:
-        self.last_resort = last_resort
+    def __init__(self) -> None:
+        self.last_resort: Callable[[int], None] | None = None
         self.signum, self.orphaned = 0, False
         self.handled = threading.Event()
 
@@ -54,7 +56,6 @@ class StopSignal:
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         self.reader.settimeout(POLL_S)
-        self.parent = os.getppid() if "LOCAL_RANK" in os.environ else None
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno())
         self.old_handlers = [signal.signal(signum, self._noted) for signum in SIGNALS]
         self.thread = threading.Thread(target=self._watch, name="stop signal", daemon=True)
@@ -79,14 +80,15 @@ class StopSignal:
             try:
                 noted = self.reader.recv(1)
             except TimeoutError:
-                if self.parent not in (None, os.getppid()):  # and with the launcher whoever would stop us
+                if LAUNCHER not in (None, os.getppid()):  # and with the launcher whoever would stop us
                     self.orphaned, noted = True, bytes([signal.SIGTERM])
         if not noted:
             return
         self.signum = noted[0]
-        if not self.handled.wait(GRACE_S):
+        if not self.handled.wait(GRACE_S if self.last_resort else 0):
             try:
-                self.last_resort(128 + self.signum)
+                if self.last_resort:
+                    self.last_resort(128 + self.signum)
                 sys.stdout.flush()
             finally:
                 os._exit(128 + self.signum)

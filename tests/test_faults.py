@@ -208,3 +208,33 @@ def test_an_occupied_port_is_one_line(tmp_path: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
     assert f"the ranks cannot join each other at 127.0.0.1:{port}" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["launcher", "rank"])
+def test_a_rank_that_waits_to_join_the_others_ends_at_once(tmp_path: Path, fault: str) -> None:
+    """Where its launcher is killed, or itself is told to stop: not after the time-out of the join."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environ = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launcher = start(["sh", "-c", '"$@"; true', "launcher", PYTHON, "train.py"], tmp_path, **environ)
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(launcher.pid).children()) or "torch" not in mapped(children[0]):
+        assert time.monotonic() < deadline, "rank 1 gets as far as torch"
+        time.sleep(0.1)
+    time.sleep(2)  # and on to the join
+    assert children[0].is_running()
+    if fault == "launcher":
+        launcher.kill()
+    else:
+        children[0].terminate()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    for process in alive:
+        process.kill()
+    launcher.communicate()
+    assert not alive
+
+
+def mapped(process: psutil.Process) -> str:
+    """The libraries that a process has loaded."""
+    return " ".join(each.path for each in process.memory_maps())
