@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+LOCAL_WORLD_SIZE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 HOW_TO_LAUNCH = (
     "use scripts/train.sh, `torchrun --nproc_per_node N train.py`, "
@@ -45,8 +46,9 @@ def count_gpus(config: Config) -> int:
     gpus = 0 if config.cpu else torch.cuda.device_count()
     if config.mixed_precision == "fp16" and not gpus:
         raise InputError("--mixed-precision fp16 needs a GPU, and there is none: use bf16")
-    if 0 < gpus <= launched_local_rank():
-        raise InputError(f"more ranks than the {gpus} GPU(s) of this machine: start {gpus}, or train with --cpu")
+    ranks = _from_environment(LOCAL_WORLD_SIZE, launched_local_rank() + 1)
+    if 0 < gpus < ranks:
+        raise InputError(f"{ranks} ranks on a machine of {gpus} GPU(s): start {gpus}, or train with --cpu")
     return gpus
 
 

@@ -100,6 +100,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         self.run: Any = None
         self.exit_code = 0
         self.rows = self.lost = self.examples = 0
+        self.row = -1  # of metrics.jsonl, the last one seen here
+        self.held = 0  # rows that W&B had before
+        self.beside: dict[str, Any] = {}  # what goes with the next row
         self.alerted = False
 
     @property
@@ -116,7 +119,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         print(f"W&B: {self.mode.name} ({self.mode.reason})", flush=True)
         if self.run is not None:
             self._safely(self._define_metrics, rows=0)
-            self._safely(lambda: self.run.log({"last_step": self._last_step_table(values)}, commit=False), rows=0)
+            self._safely(lambda: self.beside.update(last_step=self._last_step_table(values)), rows=0)
+            self.held = self._count_held()
+            for row in self.jsonl.run.read():  # of a run that goes on: W&B may have less of it, or more
+                self.log(row)
 
     def _start(self, values: Mapping[str, Any]) -> Any:
         try:
@@ -182,11 +188,15 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         return wandb.Table(columns=["rank", "micro-batch", "examples", "example weight x n", "divided by"], data=rows)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Log a row, whose `examples` is the x axis; alert on the first loss that is not finite."""
+        """Log a row, as W&B's step of its number, unless W&B has it; alert on the first loss that is not finite."""
         if self.run is None:
             return
+        self.row += 1
+        if self.row < self.held:
+            return
         self.examples = values["examples"]
-        self._safely(lambda: self.run.log(dict(values)))
+        self._safely(lambda: self.run.log({**values, **self.beside}, step=self.row))
+        self.beside = {}
         losses = {key: value for key, value in values.items() if key.endswith("/loss") and not math.isfinite(value)}
         if losses and not self.alerted:
             self.alerted = True
@@ -200,7 +210,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         import wandb
 
         if self.exit_code == 0:
-            self._safely(self._log_curves)
+            self._safely(self._log_curves, rows=0)
             self._safely(self._log_model, rows=0)
         uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
         self._safely(wandb.teardown, rows=0)
@@ -209,7 +219,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def _log_curves(self) -> None:
         import wandb
 
-        self.run.log({"examples": self.examples, "curves": wandb.Image(str(self.jsonl.run.path / "curves.png"))})
+        self.run.log({"curves": wandb.Image(str(self.jsonl.run.path / "curves.png"))}, step=self.row)
 
     def _log_model(self) -> None:
         import wandb
@@ -219,22 +229,32 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         model.add_file(str(self.jsonl.run.path / "model.safetensors"))
         self.run.log_artifact(model, aliases=["latest", "best"])
 
+    def _count_held(self) -> int:
+        """Return how many of the run's rows W&B has from before: on its server, or in earlier files."""
+        if self.mode.name == "online":
+            return int(self.run.starting_step)
+        earlier = [folder for folder in self._offline_folders() if folder != Path(self.run.settings.sync_dir)]
+        return sum(count_rows(folder) or 0 for folder in earlier)
+
+    def _offline_folders(self) -> list[Path]:
+        return sorted((self.jsonl.run.path / "wandb").resolve().glob("offline-run-*"))
+
     def _say_where(self, uploaded: bool) -> None:
         directory = Path(self.run.settings.sync_dir)
-        directory = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
         stored = count_rows(directory)
         kept = f"metrics.jsonl has {self.jsonl.count()}"
         if stored is None:
-            print(f"W&B: its file in {directory} cannot be read back; {kept} rows", file=sys.stderr)
+            print(f"W&B: its file in {from_here(directory)} cannot be read back; {kept} rows", file=sys.stderr)
         elif stored < self.rows:
             print(f"W&B: {self.rows - stored} of {self.rows} rows are not in its file; {kept}", file=sys.stderr)
-        quoted = shlex.quote(str(directory))
         if self.mode.name == "online" and uploaded and not self.lost:
             print(f"W&B: {self.run.url}")
         elif self.mode.name == "online":
-            print(f"W&B: not everything arrived; to send it: wandb sync --no-skip-online {quoted}")
+            print(f"W&B: not everything arrived; to send it: wandb sync --no-skip-online {from_here(directory)}")
         else:
-            print(f"W&B: to send this run: wandb sync {quoted}")
+            # One by one: a call for all would end at one that a kill has torn.
+            calls = [f"wandb sync {from_here(folder)}" for folder in self._offline_folders()]
+            print(f"W&B: to send this run: {'; '.join(calls)}")
 
     def _safely(self, call: Callable[[], object], rows: int = 1) -> bool:
         """Make a call that may fail without harm to the training: warn at the first failure."""
@@ -247,6 +267,11 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             self.lost += 1
             return False
         return True
+
+
+def from_here(path: Path) -> str:
+    """Return a path as the shell takes it, relative to the current folder where it lies in it."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def count_rows(directory: Path) -> int | None:

@@ -110,6 +110,17 @@ def test_processes_that_do_not_see_each_other_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_more_ranks_than_gpus_are_refused_by_the_one_that_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    environ = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    said = refusal(f"--out {tmp_path}", monkeypatch, capsys, **environ)
+    assert said == "train.py: error: 2 ranks on a machine of 1 GPU(s): start 1, or train with --cpu\n"
+    assert refusal(f"--out {tmp_path}", monkeypatch, capsys, **{**environ, "RANK": "1", "LOCAL_RANK": "1"}) == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_and_check_need_no_torch_and_answer_at_once() -> None:
     for flag in ("--help", "--check"):
         began = time.perf_counter()

@@ -197,6 +197,19 @@ def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> Non
     assert soak.compare(tmp_path / "cut", tmp_path / "whole") == []
 
 
+@pytest.mark.parametrize(("resume", "exit_codes"), [("never", [0, 2]), ("auto", [0, 0])])
+def test_two_runs_of_one_name_at_the_same_moment_never_mix(tmp_path: Path, resume: str, exit_codes: list[int]) -> None:
+    flags = ["--train-examples", "3000", "--log-every", "1", "--epochs", "3", "--resume", resume]
+    assert launch([PYTHON, "train.py"], tmp_path, *flags, "--run-name", "alone").returncode == 0
+    both = [start([PYTHON, "train.py"], tmp_path, *flags, "--run-name", "same") for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) == exit_codes, said
+    if resume == "never":
+        (refused,) = [line for text in said for line in text.splitlines()]
+        assert refused.startswith(f"train.py: error: --run-name same: {tmp_path / 'same'} exists")
+    assert soak.compare(tmp_path / "same", tmp_path / "alone") == []
+
+
 def test_an_occupied_port_is_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -73,6 +73,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, bytes | None]
             read_idx_split(folder, prefix)
 
 
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, train_images=None)
+    (folder / "train-images-idx3-ubyte").mkdir()
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte: cannot be read: .*Is a directory"):
+        load(Config(dataset=str(folder)))
+
+
 def test_a_torn_gz_is_named(tmp_path: Path) -> None:
     torn = gzip.compress(GOOD["train-images-idx3-ubyte"])[:-5]
     folder = folder_with(tmp_path, train_images=None)

@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from loop.config import Config
-from loop.wandb_tracker import Mode, WandbTracker, count_rows
+from loop.wandb_tracker import count_rows
 from tests.launches import LAUNCHES, kill, launch, rank_pids, rows_of, start
 from tests.wandb_reader import read_run
 from tests.wandb_stub import KEY, WandbStub
@@ -43,7 +41,7 @@ def wandb_folder(run: Path) -> Path:
 
 
 def without_clock(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.startswith(("_", "time/", "last_step"))}
+    return {key: value for key, value in row.items() if not key.startswith(("_", "time/", "last_step", "curves"))}
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +57,9 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_an_offline_run_holds_every_row_of_metrics_jsonl(offline: tuple[Path, str]) -> None:
     run, _ = offline
     stored = read_run(wandb_folder(run))
-    *rows, picture = stored["history"]
-    assert [without_clock(row) for row in rows] == rows_of(run)
-    assert picture["curves"]["_type"] == "image-file"
+    assert [without_clock(row) for row in stored["history"]] == rows_of(run)
+    assert stored["history"][0]["last_step"]["_type"] == "table-file"
+    assert stored["history"][-1]["curves"]["_type"] == "image-file"
 
 
 def test_the_rows_of_two_ranks_are_one_processs(offline: tuple[Path, str], tmp_path: Path) -> None:
@@ -161,7 +159,7 @@ def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_p
     ((name, arrived),) = stub.runs.items()
     assert name == json.loads((run / "config.json").read_text())["wandb_id"]
     assert done.stdout.splitlines()[-1].endswith(f"/ent/chapter3-data-parallel/runs/{name}")
-    assert [without_clock(row) for row in arrived["history"][:-1]] == rows_of(run)
+    assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
     assert (arrived["exit_code"], arrived["groupName"], arrived["displayName"]) == (0, "study", run.name)
     assert any(artifact["artifactCollectionName"] == f"model-{name}" for artifact in stub.artifacts.values())
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
@@ -194,7 +192,7 @@ def test_a_server_that_fails_means_offline_within_half_a_minute(tmp_path: Path) 
         assert seconds < 45, (name, "30 s to decide, the rest to start and train beside three others")
         assert done.stdout.startswith("W&B: offline ("), name
         synced = done.stdout.splitlines()[-1].removeprefix("W&B: to send this run: wandb sync ")
-        stored = read_run(synced)["history"][:-1]
+        stored = read_run(synced)["history"]
         assert [without_clock(row) for row in stored] == rows_of(only_run(tmp_path / name)), name
 
 
@@ -209,16 +207,22 @@ def test_online_that_is_not_to_be_had_fails_at_once_with_the_reason(stub: WandbS
     assert not (tmp_path / "out").exists()
 
 
+def sync(stub: WandbStub, home: Path, *words: str) -> None:
+    """Call wandb, logged in at the stand-in."""
+    env = os.environ | keyed(stub.url) | {"HOME": str(home)}
+    env.pop("WANDB_MODE")
+    command = [sys.executable, "-m", "wandb", *words]
+    subprocess.run(command, env=env, check=True, timeout=60, capture_output=True)
+
+
 def test_a_run_kept_offline_is_sent_by_the_command_it_prints(
     stub: WandbStub, offline: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, said = offline
     command = said.splitlines()[-1].removeprefix("W&B: to send this run: ")
-    env = os.environ | keyed(stub.url) | {"HOME": str(tmp_path)}
-    env.pop("WANDB_MODE")
-    subprocess.run([sys.executable, "-m", *command.split()], env=env, check=True, timeout=60, capture_output=True)
+    sync(stub, tmp_path, *command.split()[1:])
     (arrived,) = stub.runs.values()
-    assert [without_clock(row) for row in arrived["history"][:-1]] == rows_of(run)
+    assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
 
 
 def test_a_server_that_dies_in_mid_run_costs_no_row(tmp_path: Path) -> None:
@@ -265,20 +269,48 @@ def test_rows_lost_by_w_and_b_are_counted(offline: tuple[Path, str], tmp_path: P
     assert count_rows(tmp_path) is None
 
 
-def test_the_same_id_goes_on_with_the_same_online_run(stub: WandbStub, tmp_path: Path) -> None:
-    values = {"wandb_id": "abc123", "last_step_sizes": [2, 1], "world_size": 2}
-    for first in (0, 3):
-        (folder := tmp_path / str(first)).mkdir()
-        jsonl = SimpleNamespace(run=SimpleNamespace(path=folder), count=lambda: 3)
-        tracker = WandbTracker(Config(), Mode("online", "a test"), jsonl)
-        tracker.store_init_configuration(values)
-        for i in range(first, first + 3):
-            tracker.log({"examples": 10 * i, "step": i, "train/loss": 1 / (1 + i)}, step=i)
-        tracker.exit_code = 143
-        tracker.finish()
+GOING_ON = [*SHORT[2:], "--checkpoint-every", "50", "--run-name", "r", "--resume", "auto"]
+
+
+@pytest.mark.parametrize("server_is", ["ahead of the checkpoint", "behind the checkpoint"])
+def test_a_killed_run_goes_on_as_the_same_online_run(stub: WandbStub, tmp_path: Path, server_is: str) -> None:
+    behind = server_is == "behind the checkpoint"
+    stub.fail = lambda kind, op: 503 if behind and kind == "file_stream" else None
+    process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", **keyed(stub.url))
+    run = wait_for_rows(tmp_path, 30)
     (arrived,) = stub.runs.values()
-    assert [row["examples"] for row in arrived["history"]] == [0, 10, 20, 30, 40, 50]
-    assert [row["_step"] for row in arrived["history"]] == [0, 1, 2, 3, 4, 5]
+    while not (behind or arrived["history"]):  # it sends every 15 s
+        time.sleep(0.02)
+    kill(process)
+    assert bool(arrived["history"]) != behind
+    stub.fail = lambda kind, op: None
+    done = launch(ONE, tmp_path, *GOING_ON, "--epochs", str(rows_of(run)[-1]["epoch"] + 2), **keyed(stub.url))
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
+    assert [row["_step"] for row in arrived["history"]] == list(range(len(rows_of(run))))
+    assert (arrived["complete"], arrived["exit_code"]) == (True, 0)
+
+
+def test_a_killed_run_goes_on_offline_with_the_rows_that_its_first_file_lacks(stub: WandbStub, tmp_path: Path) -> None:
+    process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="offline")
+    run = wait_for_rows(tmp_path, 100)
+    first = wandb_folder(run)
+    while (count_rows(first) or 0) < 50:
+        time.sleep(0.1)
+    kill(process)
+    epochs = str(rows_of(run)[-1]["epoch"] + 2)
+    done = launch(ONE, tmp_path, *GOING_ON, "--epochs", epochs, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    calls = done.stdout.splitlines()[-1].removeprefix("W&B: to send this run: ").split("; ")
+    folders = [call.removeprefix("wandb sync ") for call in calls]
+    assert folders[0] == str(first)
+    stored = [row for folder in folders for row in read_run(folder)["history"]]
+    assert [without_clock(row) for row in stored] == rows_of(run)
+    for call in calls:
+        sync(stub, tmp_path, *call.split()[1:])
+    (arrived,) = stub.runs.values()
+    assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
 
 
 @pytest.mark.parametrize("environ", [{"WANDB_BASE_URL": "nonsense"}, {"WANDB_MODE": "nonsense"}])
