@@ -23,8 +23,6 @@ from loop.config import Config, InputError, parse
 from loop.fetch import provide
 from loop.launch import count_gpus, launched_local_rank, launched_rank, launched_world_size, make_accelerator
 
-CHECKPOINTS_STAY = "The last good checkpoint is kept: --resume auto goes on from it"
-
 
 def main() -> None:
     """Read the command line, check it, train."""
@@ -34,6 +32,10 @@ def main() -> None:
         config.validate()
         examples = config.training_size(provide(config, fetching=speaks))
         shards = config.shards(examples, launched_world_size())
+        if config.is_finished(shards.world_size):
+            if speaks:
+                print(f"train.py: {config.folder(shards.world_size)} is finished")
+            sys.exit()
         if not config.check:
             sys.exit(train(config))  # the process's end is its group's
         check(config)
@@ -69,7 +71,7 @@ def train(config: Config) -> int:
     from loop.animator import Animator
     from loop.audit import Audit
     from loop.book import CURVES, Accumulator, train_ch3
-    from loop.checkpoints import Checkpoints, beginning
+    from loop.checkpoints import Checkpoints, beginning, failing_as_os_error, how_to_go_on
     from loop.data import EvalBatches, TrainBatches, load
     from loop.folder import open_run, write_json
     from loop.heartbeat import Heartbeat, is_lost_peer
@@ -87,7 +89,7 @@ def train(config: Config) -> int:
     main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     shards = config.shards(len(train_split.labels), world_size)
-    exit_code = 1
+    exit_code, folder = 1, None
     with (
         Heartbeat(rank, world_size) as heartbeat,
         StopSignal(last_resort=lambda code: finish(accelerator, code)) as stop,
@@ -122,6 +124,7 @@ def train(config: Config) -> int:
             settle_buckets(net, next(iter(test_iter))[0])
             if checkpoint:
                 progress = checkpoints.load(checkpoint)
+                accelerator.print(f"going on from {checkpoint}: {progress.step} steps are done", flush=True)
                 log.go_on(progress, jsonl.run.read() if main else [])
                 train_iter.epoch, train_iter.first_step = progress.epoch - 1, progress.epoch_steps
             train_ch3(
@@ -131,7 +134,8 @@ def train(config: Config) -> int:
             log.close()
             if animator:
                 animator.save()
-                save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
+                with failing_as_os_error(folder):
+                    save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
                 write_json(folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
                 print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
             exit_code = 0
@@ -139,16 +143,16 @@ def train(config: Config) -> int:
             exit_code = ended.exit_code
             log.close()
             if main:
-                print(f"train.py: {ended} after step {log.step}; its rows are in {folder}", file=sys.stderr)
+                print(f"train.py: {ended} after step {log.step}. {how_to_go_on(folder)}", file=sys.stderr)
         except OSError as error:
-            heartbeat.leave_word("failed")
-            print(f"train.py: error: cannot save the run: {error}. {CHECKPOINTS_STAY}", file=sys.stderr)
+            if heartbeat.is_first_to_fail():
+                print(f"train.py: error: the run cannot be saved: {error}. {how_to_go_on(folder)}", file=sys.stderr)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
             accused = heartbeat.accuse()
             if accused:
-                print(f"train.py: error: {accused}. {CHECKPOINTS_STAY}", file=sys.stderr)
+                print(f"train.py: error: {accused}. {how_to_go_on(folder)}", file=sys.stderr)
         finally:
             stop.handled.set()
             finish(accelerator, exit_code)

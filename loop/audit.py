@@ -10,6 +10,9 @@
             optimizer.zero_grad()
     print(max(reading.grad_rel_err for reading in a.readings))
 
+Comparing is a collective: a step that one rank is shown must be shown to all, where a rank has no example by an empty
+batch, or the others wait for it.
+
 The reference uses neither DDP nor any count of ranks or micro-batches: every rank back-propagates the *summed* loss of
 its own examples once more, through the bare module, and the sums are added over ranks. That is the gradient of all the
 step's examples together; divided by how many there are, what one process applies. (Where the replicas have drifted
@@ -28,7 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,8 +79,9 @@ class Audit:
         those equal to the loss's `ignore_index`. last: no more of this step is to come, on any rank: the sum over ranks
         can begin while the training goes on.
 
-        Raises ValueError for a net in training mode whose forward draws random numbers (dropout) or depends on the
-        batch (BatchNorm): for those there is no one gradient to compare with.
+        Raises ValueError for a net whose forward draws random numbers (dropout in training mode) or depends on the
+        batch (BatchNorm, but for frozen statistics): for those there is no one gradient to compare with. And for one
+        that keeps running statistics of another kind: a second forward would change them.
         """
         _refuse_unrepeatable(self.module)
         if self.total is None:
@@ -92,10 +96,12 @@ class Audit:
             self.sums = _SumsOverRanks(self.total, self.n, self.params)
 
     def _summed_gradient(self, x: Tensor, y: Tensor, n: float | Tensor) -> Tensor:
-        random_before = _random_state(x.device)
+        random_before, buffers_before = _random_state(x.device), _buffer_versions(self.module)
         losses = self.loss(self.module(x), y)
         if not torch.equal(random_before, _random_state(x.device)):
             raise ValueError("the net's forward draws random numbers: no audit in training mode")
+        if _buffer_versions(self.module) != buffers_before:
+            raise ValueError("the net's forward writes to its buffers: to audit it would change the training")
         loss_sum = losses.sum() if losses.dim() or self.reduction == "sum" else losses * n
         # autograd.grad runs none of DDP's hooks and leaves .grad alone
         return _flat(torch.autograd.grad(loss_sum, self.params, materialize_grads=True))
@@ -142,7 +148,11 @@ def audit(
     optimizer: torch.optim.Optimizer,
     reduction: Reduction = "mean",
 ) -> Iterator[Audit]:
-    """Audit each step of the optimizer, torch's or Accelerate's, that `saw` is shown (module docstring)."""
+    """Audit each step of the optimizer, torch's or Accelerate's, that `saw` is shown (module docstring).
+
+    Under fp16's GradScaler the optimizer is not told of a step that overflow skips, and its examples would count in the
+    next: there call `compare` in every step, after unscaling.
+    """
     watching = Audit(net, loss, reduction)
 
     def before_step(*_: object) -> None:
@@ -180,7 +190,7 @@ def replica_drift(net: nn.Module) -> float:
 
 def _refuse_unrepeatable(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        batch_norm = isinstance(part, _NormBase) and part.training
+        batch_norm = isinstance(part, _BatchNorm) and (part.training or part.running_mean is None)
         if batch_norm or (isinstance(part, _DropoutNd) and part.training and part.p > 0):
             why = "depend on the batch" if batch_norm else "random"
             raise ValueError(f"{type(part).__name__} {name!r} makes the forward {why}: no audit in training mode")
@@ -229,6 +239,11 @@ def _norm(vector: Tensor) -> Tensor:
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """Return a / b; 0 / 0 is 0."""
     return torch.where(a == 0, 0.0, a / b)
+
+
+def _buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes when a buffer is replaced or written to in place."""
+    return [(id(buffer), buffer._version) for buffer in module.buffers()]
 
 
 def _random_state(device: torch.device) -> Tensor:

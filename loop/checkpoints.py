@@ -8,18 +8,22 @@ Nothing in it is loaded by unrestricted pickle: Accelerate loads with `weights_o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loop.audit import bare
@@ -29,6 +33,7 @@ from loop.folder import RunFolder, plain, write_json
 from loop.updater import CellUpdater
 
 KEPT = 2
+FULL = 2**16  # bytes: with fewer left a write that failed did so for want of space
 NAMES, MANIFEST, STATE = "epoch-*-step-*", "manifest.json", "state.json"
 # What a resumed run may change: where and how it is kept and watched, and how long and on what it trains.
 FREE = {
@@ -117,9 +122,10 @@ class Checkpoints:
         sums = self.accelerator.gather(mine).view(-1, 3).tolist()  # here the others wait for the folder
         if not all(math.isfinite(value) for of_rank in sums for value in of_rank):
             return False
-        self.accelerator.save_state(str(scratch))
-        if self.replicas_differ:
-            save_file(self.module.state_dict(), self._replica(scratch))
+        with failing_as_os_error(scratch):
+            self.accelerator.save_state(str(scratch))
+            if self.replicas_differ:
+                save_file(self.module.state_dict(), self._replica(scratch))
         self.accelerator.wait_for_everyone()
         if main:
             rows = self.run / "metrics.jsonl"
@@ -199,6 +205,12 @@ def newest(run: Path, identity: str) -> Path | None:
     return None
 
 
+def how_to_go_on(run: Path | None) -> str:
+    """Return in one sentence what is left of a run that failed."""
+    kept = sorted((run / "checkpoints").glob(NAMES)) if run else []
+    return f"Its last checkpoint, {kept[-1]}, is kept: --resume auto goes on" if kept else "It has no checkpoint"
+
+
 def identity_of(checkpoint: Path) -> str:
     """Return which run's a checkpoint is."""
     return str(json.loads((checkpoint / STATE).read_text())["identity"])
@@ -238,6 +250,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def failing_as_os_error(where: Path) -> Iterator[None]:
+    """Have torch and safetensors fail to write as everything else does, and say so where the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = where.is_dir() and shutil.disk_usage(where).free < FULL
+        reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+        raise OSError(f"{where}: {reason}") from error
 
 
 def _put(items: list[Any], item: object) -> None:

@@ -151,6 +151,14 @@ class Config:
         _refuse(wanted > available, f"--train-examples {wanted}: {self.dataset} has only {available}")
         return wanted
 
+    def folder(self, world_size: int) -> Path:
+        """Return where the run is kept, if nothing of this name is there before it."""
+        return self.out / (self.run_name or self.default_run_name(world_size))
+
+    def is_finished(self, world_size: int) -> bool:
+        """Whether `--resume auto` has nothing left to do."""
+        return self.resume == "auto" and (self.folder(world_size) / "summary.json").is_file()
+
     def default_run_name(self, world_size: int) -> str:
         """Return the run's mode in words, such as mean-global-spread-w2-b256."""
         return f"{self.reduction}-{self.normalize}-{self.tail}-w{world_size}-b{self.batch_size}"
@@ -173,6 +181,10 @@ class Config:
             self._require(0 <= self.audit_fail < math.inf, "audit_fail", "must be a finite number, 0 or more")
         if self.run_name is not None:
             check_run_name(self.run_name)
+        known = self.resume in ("never", "auto") or Path(self.resume).is_dir()
+        _refuse(
+            not known, f"--resume {self.resume} is neither never, nor auto, nor the folder of a run or a checkpoint"
+        )
         self._refuse_contradictions()
         self.refuse_existing_run()
 

@@ -79,10 +79,10 @@ def open_run(config: Config, world_size: int) -> RunFolder:
     A generated name gets -2, -3, ... where it is taken. Raises InputError where --run-name is taken, or the folder
     cannot be had.
     """
-    name = config.run_name or config.default_run_name(world_size)
+    first = config.folder(world_size)
     attempt = 1
     while True:
-        path = config.out / (name if attempt == 1 else f"{name}-{attempt}")
+        path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
         try:
             path.mkdir(parents=True)
             return RunFolder(path)

@@ -19,6 +19,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 BEAT_S = 1.0
 LISTEN_S = 3 * BEAT_S  # between two looks at the others
 STORE = timedelta(seconds=5)
+ANSWER_S = LISTEN_S + STORE.total_seconds()  # a store that has not answered by then is out of reach
 
 
 class Heartbeat:
@@ -37,40 +38,58 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self.store:
-            self.store.set(f"word/{self.rank}", "")
+            self.store.set(f"lost/{self.rank}", "no")
             self.store.set(f"beat/{self.rank}", "0")
             self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None:
+            self.is_first_to_fail()
         self.ended.set()
         if self.store:
-            if error is not None:
-                self.leave_word("failed")
-            self.thread.join()
+            self.thread.join(2 * BEAT_S)  # it hangs where the store is out of reach
+
+    def is_first_to_fail(self) -> bool:
+        """Note that this rank has failed; return whether it is for this one to say why."""
+        if not self.store:
+            return True
+        with contextlib.suppress(RuntimeError):
+            return bool(self.store.add("failed", 1) == 1)
+        return False
 
     def accuse(self) -> str | None:
-        """Return which ranks the others lost, and why; None on ranks that need not say it, since another does.
+        """Return which ranks the others lost, and why; None on ranks that need not say it, since another has.
 
-        To be called on each rank whose collective failed.
+        To be called on each rank whose collective failed. Takes ANSWER_S at most, on a thread: where a cable is cut, a
+        TCPStore's own time-out goes on to wait for the store's consent to it, which TCP gives up after 15 minutes.
         """
         if not self.store:
             return "lost the other ranks"
+        answers: list[str | None] = []
+        asking = threading.Thread(target=lambda: answers.append(self._ask()), name="accuse", daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return answers[0] if answers else self._lost_store()
+
+    def _lost_store(self) -> str:
+        holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        return f"rank {self.rank} lost {holder}, and with it the store that all ranks share"
+
+    def _ask(self) -> str | None:
+        """Return what `accuse` does, in as long as the store takes."""
+        assert self.store
         try:
-            self.leave_word("lost")
-            before = self._beats()
+            self.store.set(f"lost/{self.rank}", "yes")
+            before = self._read("beat")
             time.sleep(LISTEN_S)
-            after = self._beats()
-            words = [self._read(f"word/{rank}") for rank in range(self.world_size)]
+            after, lost = self._read("beat"), self._read("lost")
         except RuntimeError:
-            return f"rank {self.rank} lost the launcher's store: the launcher, or its machine, is gone"
-        if "failed" in words:  # it has said why itself
+            return self._lost_store()
+        if not self.is_first_to_fail():
             return None
         silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
-        hanging = [rank for rank in range(self.world_size) if rank not in silent and not words[rank]]
-        accusers = [rank for rank in range(self.world_size) if words[rank] and rank not in silent]
-        if self.rank != min(accusers, default=self.rank):
-            return None
+        hanging = [rank for rank in range(self.world_size) if lost[rank] == "no"]
         if silent:
             return f"rank {_listed(silent)} is dead, stopped, or cut off: no sign of life for {LISTEN_S:g} s"
         if hanging:
@@ -87,18 +106,9 @@ class Heartbeat:
             except RuntimeError:
                 return  # who needs to know finds out
 
-    def leave_word(self, word: str) -> None:
-        """Let the others know: "failed", and has said why, or "lost", because of another."""
-        with contextlib.suppress(RuntimeError):
-            if self.store:
-                self.store.set(f"word/{self.rank}", word)
-
-    def _beats(self) -> list[str]:
-        return [self._read(f"beat/{rank}") for rank in range(self.world_size)]
-
-    def _read(self, key: str) -> str:
+    def _read(self, what: str) -> list[str]:
         assert self.store
-        return bytes(self.store.get(key)).decode()
+        return [bytes(self.store.get(f"{what}/{rank}")).decode() for rank in range(self.world_size)]
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

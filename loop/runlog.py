@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -131,7 +130,7 @@ class RunLog:
             self._check_loss(loss)
         if stops:
             self._save()
-            raise Stopped(self.stop.signum or signal.SIGTERM)
+            raise Stopped(self.stop)
 
     def _check_loss(self, loss: float) -> None:
         """Raise NotFinite for a loss that is not, with what to try."""
@@ -200,7 +199,7 @@ class RunLog:
             stops.all_reduce()
         self._save()
         if stops[0]:
-            raise Stopped(self.stop.signum or signal.SIGTERM)
+            raise Stopped(self.stop)
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:
         self.summary = dict(row)

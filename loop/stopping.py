@@ -28,10 +28,13 @@ class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to togeth
 
 
 class Stopped(RunEnded):
-    """All ranks agreed to stop, on a signal."""
+    """All ranks agreed to stop, on a signal or because the launcher is gone."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+    def __init__(self, stop: StopSignal) -> None:
+        signum = stop.signum or signal.SIGTERM  # noted by another rank
+        super().__init__(
+            f"stopped {'as the launcher is gone' if stop.orphaned else f'by {signal.Signals(signum).name}'}"
+        )
         self.exit_code = 128 + signum
 
 
@@ -44,7 +47,7 @@ class StopSignal:
 
     def __init__(self, last_resort: Callable[[int], None]) -> None:
         self.last_resort = last_resort
-        self.signum = 0
+        self.signum, self.orphaned = 0, False
         self.handled = threading.Event()
 
     def __enter__(self) -> StopSignal:
@@ -76,11 +79,8 @@ class StopSignal:
             try:
                 noted = self.reader.recv(1)
             except TimeoutError:
-                if self.parent not in (
-                    None,
-                    os.getppid(),
-                ):  # the launcher was killed, and with it whoever would stop us
-                    noted = bytes([signal.SIGTERM])
+                if self.parent not in (None, os.getppid()):  # and with the launcher whoever would stop us
+                    self.orphaned, noted = True, bytes([signal.SIGTERM])
         if not noted:
             return
         self.signum = noted[0]

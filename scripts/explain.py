@@ -63,7 +63,9 @@ def abridged(sizes: Sequence[int]) -> str:
 
 
 def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr: float) -> str:
-    """Return the whole explanation as text. Raises InputError for sizes below 1."""
+    """Return the whole explanation as text. Raises InputError for sizes below 1 and senseless learning rates."""
+    if not 0 < lr < math.inf:
+        raise InputError(f"--lr {lr:g} must be a finite number above 0")
     config = Config(batch_size=batch_size, accumulate=accumulate, lr=lr)
     spread = config.shards(examples, world_size)
     lines = [
@@ -157,7 +159,7 @@ def draw(examples: int, config: Config, world_size: int, path: Path) -> None:
         f"batch {config.batch_size}, {len(next(iter(rows.values())))} cells"
     ))  # fmt: skip
     figure.colorbar(image, label="weight of an example, times n")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def main(args: Sequence[str] | None = None) -> int:

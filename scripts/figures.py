@@ -305,7 +305,7 @@ def same_lr(figure: Figure, runs: Runs) -> Finding:
         f"keeps {accuracy[1, 'softmax', 'sum']:.2f} at a train loss of {last(softmax, 'train/loss'):.0f}",
         f"Softmax regression reaches a test accuracy of {accuracy[1, 'softmax', 'mean']:.3f} by mean and "
         f"{accuracy[1, 'softmax', 'sum']:.3f} by sum, whose test loss is {last(softmax, 'test/loss'):.3g}: its "
-        "logits are linear in its weights, so long steps make them large but do not change which is largest. "
+        "logits are linear in its weights, so to make those large costs loss, and does not change which is largest. "
         f"Dividing all its weights by {BATCH} leaves the accuracy at {shrunk:.4f}, to the last example, and the loss "
         f"at {shrunk_loss:.2g}. The mlp has a bend to fall over: {100 * dead:.0f} % of its hidden units are 0 for "
         f"every test image, and it guesses ({accuracy[1, 'mlp', 'sum']:.2f}, where the mean has "
@@ -551,9 +551,9 @@ def accumulation(figure: Figure, runs: Runs) -> Finding:
         f"K micro-batches are averaged, empty ones too: the last {TAIL} examples fill {effect_cells(1, 16)} of 16, and "
         f"their step is {measured[1][-1]:.3g} of the exact mean's. That is the loop of one process, without any rank: "
         f"after 3 epochs of {BATCH + TAIL} examples the train loss is {loss[1][-1]:.3f} instead of {loss[1][0]:.3f}.",
-        f"Ranks and micro-batches are cells alike: 4 ranks start at {measured[4][0]:.3g} for K = 1, and more "
-        "micro-batches take no more away than they do in one process. (Where cells are unequal the short one's "
-        "gradient is noisier, so the step is a little longer than the examples' weights add up to.)",
+        f"Ranks and micro-batches are cells alike: 4 ranks start at {measured[4][0]:.3g} for K = 1 and end at "
+        f"{measured[4][-1]:.3g} for K = {ks[-1]}, where one process ends as well. (Where cells are unequal the short "
+        "one's gradient is noisier, so the step is a little longer than the examples' weights add up to.)",
     )
 
 

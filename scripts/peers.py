@@ -192,13 +192,13 @@ def parse(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     flags = parser.parse_args(args)
     available = provide(Config(data_dir=flags.data_dir), fetching=True)
     peers = [peer for peer in PEERS if any(word.lower() in peer.lower() for word in flags.only)]
-    for wrong, message in {
-        min(flags.examples) < 1: f"--examples {min(flags.examples)}: must be at least 1",
-        max(flags.examples) > available: f"--examples {max(flags.examples)}: there are only {available}",
-        min(flags.world_size) < 2: f"--world-size {min(flags.world_size)}: one rank has no one to differ from",
-        not 0 < flags.timeout < ORPHANED_S: f"--timeout {flags.timeout:g}: must lie between 0 and {ORPHANED_S}",
-        not peers: f"--only {' '.join(flags.only)}: no such peer; there are: {'; '.join(PEERS)}",
-    }.items():
+    for wrong, message in (
+        (min(flags.examples) < 1, f"--examples {min(flags.examples)}: must be at least 1"),
+        (max(flags.examples) > available, f"--examples {max(flags.examples)}: there are only {available}"),
+        (min(flags.world_size) < 2, f"--world-size {min(flags.world_size)}: one rank has no one to differ from"),
+        (not 0 < flags.timeout < ORPHANED_S, f"--timeout {flags.timeout:g}: must lie between 0 and {ORPHANED_S}"),
+        (not peers, f"--only {' '.join(flags.only)}: no such peer; there are: {'; '.join(PEERS)}"),
+    ):
         if wrong:
             raise InputError(message)
     return flags, peers
@@ -210,7 +210,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         flags, peers = parse(args)
         if flags.json:
-            flags.json.touch()
+            flags.json.open("a").close()  # can it be written? Before minutes of work
     except (InputError, OSError) as error:
         print(f"scripts.peers: error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from loop.book import BookUpdater, evaluate, train_epoch_ch3
 from loop.config import Config, parse
 from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order, load
+from loop.fetch import provide
 from loop.nets import make_net
 from loop.reduction import Normalize, Reduction, cell_loss
 from loop.shards import Shards, Tail
@@ -87,7 +88,8 @@ def widest_gap(a: Sequence[float], b: Sequence[float]) -> float:
 
 @cache
 def data() -> tuple[Split, Split]:
-    """Return Fashion-MNIST's two halves."""
+    """Return Fashion-MNIST's two halves, fetched if need be: a figure without runs has none to have fetched them."""
+    provide(Config(), fetching=True)
     return load(Config())
 
 

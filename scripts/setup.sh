@@ -1,7 +1,10 @@
-# Sourced by train.sh and test.sh: `setup ROOT FILE...` makes $PYTHON a Python with these requirements installed.
+# Sourced by the scripts that start training and tests.
 #
-# An active virtual environment is used; else ROOT/.venv is made. What was installed is noted in the environment, so that
-# a second call costs a checksum. An interrupted call leaves no note, and the next one goes on from there.
+# `setup ROOT FILE...` makes $PYTHON a Python with these requirements installed: an active virtual environment is used;
+# else ROOT/.venv is made. What was installed is noted in the environment, so that a second call costs a checksum. An
+# interrupted call leaves no note, and the next one goes on from there.
+# `count_ranks` sets $ranks, the ranks to start on this machine: $NPROC, else one a GPU, else 2. `share_cores` gives
+# each its share of the cores, unless OMP_NUM_THREADS says otherwise.
 
 die() {
     echo "$0: $*" >&2
@@ -34,4 +37,20 @@ make_environment() {
     [ "$python" != none ] || die "needs Python 3.11 or later, and finds none"
     "$python" -m venv --upgrade "$1" 2>/dev/null || "$python" -m venv "$1" ||
         die "cannot make a virtual environment in $1 (on Debian: apt-get install python3-venv)"
+}
+
+count_ranks() {
+    local gpus
+    gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
+    if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
+    fi
+    ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
+    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC=$ranks is not a number of ranks"
+}
+
+share_cores() {
+    local cores
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc counts those that this job may use
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 }

@@ -6,19 +6,12 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/setup.sh"
 setup "$root" requirements.txt
-
-gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
-if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
-fi
-ranks=${NPROC:-$((gpus > 0 ? gpus : 2))}
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC=$ranks is not a number of ranks"
+count_ranks
 
 WORLD_SIZE=$ranks "$PYTHON" "$root/train.py" --check "$@"
 for flag in "$@"; do
     case $flag in --help | -h | --check) exit ;; esac
 done
-cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+share_cores
 exec "$PYTHON" -m accelerate.commands.launch --config_file "$root/accelerate_config.yaml" --num_processes "$ranks" \
     "$root/train.py" "$@"

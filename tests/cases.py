@@ -79,6 +79,7 @@ def train_here(config: Config, examples: int) -> Trained:
         after_epoch=epochs.append,
     )
     audit.collect()
+    AcceleratorState._reset_state()
     return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, audit.readings)
 
 

@@ -234,7 +234,9 @@ class RandomForward(nn.Linear):
     [
         (nn.Dropout(0.1), "Dropout '1' makes the forward random"),
         (nn.BatchNorm1d(2), "BatchNorm1d '1' makes the forward depend on the batch"),
+        (nn.BatchNorm1d(2, track_running_stats=False).eval(), "BatchNorm1d '1' makes the forward depend on the batch"),
         (RandomForward(2, 2), "draws random numbers"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)), "writes to its buffers"),
     ],
 )
 def test_a_net_without_one_gradient_is_refused(part: nn.Module, said: str) -> None:
@@ -246,6 +248,31 @@ def test_a_net_without_one_gradient_is_refused(part: nn.Module, said: str) -> No
 def test_frozen_statistics_and_no_dropout_are_accepted() -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2).eval(), nn.Dropout(0.0))
     Audit(net, nn.CrossEntropyLoss()).saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_norm_of_each_example_alone_is_accepted() -> None:
+    net = nn.Sequential(nn.InstanceNorm1d(3, affine=True), nn.Flatten(), nn.Linear(6, 2))
+    Audit(net, nn.CrossEntropyLoss()).saw(torch.randn(4, 3, 2), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_step_that_a_scaler_skips_does_not_count_in_the_next_if_compared_after_unscaling() -> None:
+    net, loss = nn.Linear(3, 2), nn.CrossEntropyLoss()
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.5), torch.amp.GradScaler("cpu", init_scale=16.0)
+    with audit(net, loss, optimizer) as a:
+        for overflows in (False, True, False):
+            x, y = torch.randn(4, 3), torch.arange(4) % 2
+            a.saw(x, y)
+            optimizer.zero_grad()
+            scaler.scale(loss(net(x), y)).backward()
+            if overflows:
+                net.weight.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer)
+            a.compare()
+            scaler.step(optimizer)
+            scaler.update()
+    first, skipped, after = (reading.grad_rel_err for reading in a.readings)
+    assert max(first, after) < 1e-6
+    assert skipped == torch.inf
 
 
 def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_run(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train
-from loop.config import Config, parse
+from loop.config import Config, InputError, parse
 
 REFUSED = [
     ("--batch-size 0", "--batch-size 0 must be at least 1"),
@@ -137,3 +139,19 @@ def test_the_default_learning_rates_are_the_books() -> None:
 )
 def test_effective_learning_rate(flags: dict[str, str], lr_effective: float) -> None:
     assert Config(**flags).effective_lr((4, 3, 0), world_size=3) == pytest.approx(lr_effective, rel=1e-12)
+
+
+FLAGS = sorted(f"--{name.replace('_', '-')}" for name in Config.__dataclass_fields__)
+VALUES = st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.sampled_from(["", "-1", "~"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(chosen=st.dictionaries(st.sampled_from(FLAGS), VALUES, min_size=1, max_size=5), world_size=st.integers(1, 9))
+def test_no_value_of_any_flag_ends_in_a_traceback(chosen: dict[str, str], world_size: int) -> None:
+    try:
+        config = parse([word for pair in chosen.items() for word in pair], quiet=True)
+        config.validate()
+        config.shards(config.training_size(60_000), world_size)
+        config.is_finished(world_size)
+    except (SystemExit, InputError) as refusal:
+        assert str(refusal)

@@ -83,6 +83,15 @@ def test_the_cells_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_sizes_get_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--world-size", "0"]) == 2
-    assert capsys.readouterr().err == "scripts.explain: error: world_size must be at least 1, got 0\n"
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--world-size", "0"], "world_size must be at least 1, got 0"),
+        (["--lr", "0"], "--lr 0 must be a finite number above 0"),
+        (["--lr", "nan"], "--lr nan must be a finite number above 0"),
+        (["--png", "."], "[Errno 21] Is a directory: '.'"),
+    ],
+)
+def test_bad_flags_get_one_line(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    assert capsys.readouterr().err == f"scripts.explain: error: {says}\n"

@@ -208,6 +208,8 @@ def test_this_project_off_by_more_than_rounding_fails(monkeypatch: pytest.Monkey
         (["--world-size", "1"], "--world-size 1: one rank has no one to differ from"),
         (["--timeout", "0"], "--timeout 0: must lie between 0 and 120"),
         (["--only", "Horovod"], f"--only Horovod: no such peer; there are: {'; '.join(PEERS)}"),
+        (["--json", "."], "[Errno 21] Is a directory: '.'"),
+        (["--examples", "0", "--timeout", "0"], "--examples 0: must be at least 1"),
         (["--json", "/no/such/folder/peers.json"], "[Errno 2] No such file or directory: '/no/such/folder/peers.json'"),
     ],
 )

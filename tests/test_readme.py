@@ -32,7 +32,7 @@ from tests.ranks import World
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LAUNCHER = r"(?:OMP_NUM_THREADS=1 )?(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
+LAUNCHER = r"(?:[A-Z_]+=\S+ )*(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
 
 
 def blocks(language: str) -> list[str]:
@@ -46,7 +46,7 @@ def commands() -> list[tuple[str, str]]:
     found = [
         (line.split(" # ")[0].strip(), below.removeprefix("# ") if below.startswith("# ") else "")
         for line, below in zip(lines, [*lines[1:], ""], strict=True)
-        if line and not line.startswith("#")
+        if line and not line.startswith(("#", "export "))
     ]
     text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
     inline = re.findall(rf"`({LAUNCHER}[^`]+)`", text)
@@ -68,7 +68,7 @@ def test_a_command_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest
     if "--help" in args:
         with pytest.raises(SystemExit, match="0"):
             parse(args)
-    elif program in ("train.py", "scripts/train.sh"):
+    elif program in ("train.py", "scripts/train.sh", "scripts/multinode.sh"):
         config = parse(args)
         config.validate()
         config.shards(config.training_size(60_000), ranks)

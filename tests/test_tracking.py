@@ -265,7 +265,7 @@ def test_the_same_id_goes_on_with_the_same_online_run(stub: WandbStub, tmp_path:
     values = {"wandb_id": "abc123", "last_step_sizes": [2, 1], "world_size": 2}
     for first in (0, 3):
         (folder := tmp_path / str(first)).mkdir()
-        jsonl = SimpleNamespace(folder=folder, count=lambda: 3)
+        jsonl = SimpleNamespace(run=SimpleNamespace(path=folder), count=lambda: 3)
         tracker = WandbTracker(Config(), Mode("online", "a test"), jsonl)
         tracker.store_init_configuration(values)
         for i in range(first, first + 3):
@@ -307,7 +307,8 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
     ((title, text, _),) = stored["alerts"]
     assert title == "The loss is not finite"
     assert "--reduction mean, lr 1e+30" in text
-    assert done.returncode == 0
+    assert done.returncode == 1
+    assert "try a smaller --lr than 1e+30" in done.stderr
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------

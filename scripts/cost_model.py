@@ -1,0 +1,138 @@
+"""What a step costs, and what it would on thousands of ranks: a model, checked against this machine, then extended.
+
+python -m scripts.cost_model                    measures W = 1 to 4 here (under a minute), then extends
+python -m scripts.cost_model --alpha-us 5 --beta-gbs 50 --gradient-mb 1400 --compute-ms 300    another net and network
+
+    step(W) = slots compute(B / W) + allreduce(W, bytes) + metrics + waiting(W)
+    slots = max(1, W / cores): ranks share cores       waiting: for the slowest rank, and for a core to wake up on
+    ring:  allreduce = 2 (W - 1) alpha + 2 (W - 1) / W bytes / beta     tree:  2 log2(W) alpha + 2 bytes / beta
+
+The waiting is what the first net's step takes beyond the rest; the second net's step is then predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from functools import partial
+
+import numpy as np
+
+from loop.config import Config
+from loop.shards import Shards, Tail
+from scripts.cost_ranks import BATCH, EXAMPLES, NETS, measure, seconds
+from scripts.explain import effect
+
+LOG_EVERY = 50
+CORES = len(os.sched_getaffinity(0))
+IMAGENET = 1_281_167
+TAILS: tuple[Tail, ...] = ("ragged", "spread")
+
+
+def ring(world_size: int, size: float, alpha: float, beta: float) -> float:
+    """Return a ring all-reduce's seconds. size: bytes. alpha: seconds a hop. beta: bytes/s."""
+    return 2 * (world_size - 1) * alpha + 2 * (world_size - 1) / world_size * size / beta
+
+
+def tree(world_size: int, size: float, alpha: float, beta: float) -> float:
+    """Return a tree all-reduce's seconds: up and down again, in pieces that follow each other."""
+    return 2 * math.log2(world_size) * alpha + 2 * size / beta
+
+
+def fit(world_size: int, reduces: dict[int, float]) -> tuple[float, float]:
+    """Return the ring's (alpha, beta) that come closest, by least squares of the relative errors."""
+    rows = [[ring(world_size, s, 1 / took, math.inf), ring(world_size, s, 0, took)] for s, took in reduces.items()]
+    alpha, per_byte = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)[0]
+    return float(alpha), 1 / float(per_byte)
+
+
+def check() -> None:
+    """Print the model's step at W = 1 to 4 beside what was measured here."""
+    worlds = {W: measure(W) for W in (1, 2, 3, 4)}
+    network = {W: fit(W, found.reduces) for W, found in worlds.items() if W > 1}
+    print(f"gloo on {CORES} cores; all-reduce measured (model), us:")
+    for W, (alpha, beta) in network.items():
+        pairs = [f"{s:,} B {t * 1e6:.0f} ({ring(W, s, alpha, beta) * 1e6:.0f})" for s, t in worlds[W].reduces.items()]
+        print(f"  W = {W}: {', '.join(pairs)}: alpha {alpha * 1e6:.0f} us, beta {beta / 1e9:.2f} GB/s")
+    columns = {"compute": 9, "all-reduce": 12, "metrics": 9, "waiting": 9, "model": 8, "measured": 10}
+    print(f"\n{'ms a step':<9}{'W':>2}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
+    waiting: dict[int, float] = {}
+    for name in NETS:
+        lone = {batch: took for (net, batch), took in worlds[1].steps.items() if net == name}
+        slope, fixed = np.polyfit(list(lone), list(lone.values()), 1)
+        for W, found in worlds.items():
+            alpha, beta = network.get(W, (0, math.inf))
+            parts = [
+                max(1, W / CORES) * float(fixed + slope * BATCH / W),
+                ring(W, found.gradients[name], alpha, beta),
+                ring(W, 24, alpha, beta) * (1 / LOG_EVERY + BATCH / EXAMPLES),
+            ]
+            took = found.steps[name, BATCH]
+            parts.append(waiting.setdefault(W, took - sum(parts)))
+            times = zip([*parts, sum(parts), took], columns.values(), strict=True)
+            verdict = "tells the waiting" if name == NETS[0] else f"model {sum(parts) / took - 1:+.0%}"
+            print(f"{name:<9}{W:>2}" + "".join(f"{1e3 * x:>{width}.2f}" for x, width in times) + f"   {verdict}")
+
+
+def extend(alpha: float, beta: float, size: float, compute: float) -> None:
+    """Print steps of a fixed share a rank, with nothing overlapped, on ever more ranks."""
+    print(
+        f"\nAssumed: alpha {alpha * 1e6:g} us a hop, beta {beta / 1e9:g} GB/s, {size / 1e6:g} MB of gradients, "
+        f"{compute * 1e3:g} ms of compute on each rank"
+    )
+    print(f"{'W':>6}{'ring ms':>9}{'tree ms':>9}   step with the better")
+    for W in (2**i for i in range(3, 13)):
+        both = ring(W, size, alpha, beta), tree(W, size, alpha, beta)
+        step = compute + min(both)
+        share = f"{step * 1e3:.1f} ms, {min(both) / step:.0%} of it all-reduce"
+        print(f"{W:>6}{both[0] * 1e3:>9.1f}{both[1] * 1e3:>9.1f}   {share}")
+    bound = next((W for W in range(2, 10**6) if ring(W, size, alpha, beta) > compute), None)
+    print(f"A ring takes longer than the compute from W = {bound} on." if bound else "A ring is never the longer part.")
+
+
+def sampler() -> None:
+    """Print what the order of an epoch and a rank's share of it cost."""
+    print(f"\n{'N':>14}{'permutation':>13}{'its bytes, on every rank':>26}")
+    for n in (60_000, IMAGENET, 20_000_000):
+        took = seconds(partial(np.random.default_rng(0).permutation, n), 5)
+        print(f"{n:>14,}{took:>11.4f} s{8 * n / 1e6:>23,.1f} MB")
+    print(f"{10**9:>14,}{took * 50:>11.0f} s{8e3:>23,.1f} MB   (50 times the line above)")
+    shards = Shards(IMAGENET, 32_768, 4096)
+    walk = seconds(partial(_walk, shards), 20) / len(shards.steps)
+    print(f"W = 4096: a rank finds its cell of a step in {walk * 1e6:.1f} us")
+
+
+def _walk(shards: Shards) -> int:
+    return sum(cell.n_local for cell, _ in shards.of_rank(0))
+
+
+def bias() -> None:
+    """Print what a plain loop's mean of means does to ImageNet's last step."""
+    print(f"\nImageNet, N = {IMAGENET:,}, --normalize rank: weight of an example in the last step, times n; its length")
+    for batch, W in ((256, 8), (256, 64), (1024, 64), (8192, 64), (8192, 256), (8192, 1024), (65_536, 1024)):
+        said = []
+        for tail in TAILS:
+            config = Config(normalize="rank", batch_size=batch, tail=tail)
+            sizes = config.shards(IMAGENET, W).steps[-1].sizes
+            made = effect(config, sizes, W)
+            said.append(f"{tail} {made.lightest:.3f} to {made.heaviest:.3f}, {made.length:.3f}, {sizes.count(0)} idle")
+        print(f"  batch {batch:>6}, W {W:>4}, n = {IMAGENET % batch:>5}: {'; '.join(said)}")
+
+
+def main() -> None:
+    """Measure, compare, extend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alpha-us", type=float, default=10, help="latency of a hop, microseconds (assumed)")
+    parser.add_argument("--beta-gbs", type=float, default=25, help="bandwidth of a link, GB/s (200 Gb/s InfiniBand)")
+    parser.add_argument("--gradient-mb", type=float, default=102, help="bytes to all-reduce (ResNet-50 in float32)")
+    parser.add_argument("--compute-ms", type=float, default=80, help="a rank's forward and backward (assumed)")
+    flags = parser.parse_args()
+    check()
+    extend(flags.alpha_us / 1e6, flags.beta_gbs * 1e9, flags.gradient_mb * 1e6, flags.compute_ms / 1e3)
+    sampler()
+    bias()
+
+
+if __name__ == "__main__":
+    main()

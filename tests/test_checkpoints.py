@@ -1,0 +1,286 @@
+"""A run that was cut off goes on as if it had not been: weights, rows and order bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from loop import checkpoints, folder, runlog
+from loop.animator import Animator
+from loop.checkpoints import MANIFEST, digest, find_flaw, newest
+from loop.config import InputError, parse
+from tests.cases import relative_distance, toy_split
+from tests.launches import rows_of
+from tests.ranks import World
+
+Worlds = Callable[[int], World]
+# 5 steps an epoch, the last of 6 examples; checkpoints after steps 2, 4, 5, 6, 8, 10
+SMALL = "--train-examples 70 --batch-size 16 --epochs 2 --log-every 3 --checkpoint-every 2 --wandb disabled --cpu"
+
+
+@pytest.fixture(autouse=True)
+def dataset(tmp_path: Path) -> None:
+    """A set of 71 images to train on and 9 to test, read in no time."""
+    for half, n in (("train", 71), ("t10k", 9)):
+        images, labels = toy_split(n)
+        header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in (n, 28, 28))
+        (tmp_path / f"{half}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        header = bytes([0, 0, 8, 1]) + n.to_bytes(4, "big")
+        (tmp_path / f"{half}-labels-idx1-ubyte").write_bytes(header + labels.byte().numpy().tobytes())
+
+
+class Crash(BaseException):
+    """Stands for a kill: nobody expects it, and nothing is saved on its way."""
+
+
+def run_here(flags: str, out: Path, crash_at: int = 0) -> tuple[int, str]:
+    """Train on this rank, or crash after a step, on all ranks alike; return exit code and what was said."""
+    after_cell = runlog.RunLog.after_cell
+
+    def until_crash(log: runlog.RunLog, cell: Any, *sums: Any) -> None:
+        after_cell(log, cell, *sums)
+        if cell.last and log.step == crash_at:
+            raise Crash
+
+    said = io.StringIO()
+    with (
+        mock.patch.object(runlog.RunLog, "after_cell", until_crash),
+        mock.patch.object(Animator, "save"),  # half a second each
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            code = train.train(parse([*SMALL.split(), "--dataset", str(out), *flags.split(), "--out", str(out)]))
+        except Crash:
+            code = -1
+    return code, said.getvalue()
+
+
+def cut_off(world: World, flags: str, out: Path, crash_at: int) -> None:
+    assert {code for code, _ in world.run(run_here, f"{flags} --run-name cut", out, crash_at)} == {-1}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    assert rows_of(a) == rows_of(b)
+    ours, theirs = weights(a), weights(b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "crash_at"),
+    [
+        ("--net softmax --tail ragged --audit-every 2", 1),  # before the first checkpoint
+        ("--net mlp --momentum 0.9 --accumulate 2", 3),  # a step after one
+        ("--net lenet --optimizer adamw", 5),  # after an epoch's last step, before its test
+        ("--net mlp --updater scratch --reduction sum --normalize rank --tail ragged --lr 0.001", 7),  # replicas differ
+        ("--net lenet --normalize rank --tail ragged --audit-every 1", 9),
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_run_goes_on_bit_for_bit(world: Worlds, tmp_path: Path, world_size: int, flags: str, crash_at: int) -> None:
+    ranks = world(world_size)
+    ranks.run(run_here, f"{flags} --run-name whole", tmp_path)
+    cut_off(ranks, flags, tmp_path, crash_at)
+    results = ranks.run(run_here, f"{flags} --run-name cut --resume auto", tmp_path)
+    assert {code for code, _ in results} == {0}
+    if crash_at > 1:
+        assert f"{crash_at - 1} steps are done" in results[0][1] or f"{crash_at} steps are done" in results[0][1]
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_may_be_cut_off_again_and_again(world: Worlds, tmp_path: Path) -> None:
+    ranks = world(3)
+    ranks.run(run_here, "--run-name whole", tmp_path)
+    for crash_at in (3, 5, 6, 10):
+        cut_off(ranks, "--resume auto", tmp_path, crash_at)
+    ranks.run(run_here, "--run-name cut --resume auto", tmp_path)
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("then", "now"), [((2, 1), (3, 1)), ((1, 3), (4, 1)), ((3, 1), (1, 2))])
+def test_other_ranks_and_micro_batches_end_with_the_same_weights(
+    world: Worlds, tmp_path: Path, then: tuple[int, int], now: tuple[int, int]
+) -> None:
+    flags = "--dtype float64 --momentum 0.9 --net mlp --tail ragged"
+    world(1).run(run_here, f"{flags} --run-name whole", tmp_path)
+    cut_off(world(then[0]), f"{flags} --accumulate {then[1]}", tmp_path, 7)
+    world(now[0]).run(run_here, f"{flags} --accumulate {now[1]} --run-name cut --resume auto", tmp_path)
+    assert relative_distance(weights(tmp_path / "cut"), weights(tmp_path / "whole")) < 1e-12
+    for ours, theirs in zip(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"), strict=True):
+        if "train/loss" in ours:
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-12)
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Path:
+    """A run of one process that was cut off after step 7, with checkpoints of steps 5 (an epoch's end) and 6."""
+    cut_off(World(1), "", tmp_path, 7)
+    run_here("--run-name whole", tmp_path)
+    return tmp_path / "cut"
+
+
+def test_the_last_two_checkpoints_are_kept(cut: Path) -> None:
+    kept = sorted(path.name for path in (cut / "checkpoints").iterdir())
+    assert kept == ["epoch-0002-step-00000005", "epoch-0002-step-00000006"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "state.json", MANIFEST])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(cut: Path, name: str) -> None:
+    path = cut / "checkpoints" / "epoch-0002-step-00000006" / name
+    path.write_bytes(path.read_bytes()[:-7])
+    code, said = run_here("--run-name cut --resume auto", cut.parent)
+    assert code == 0
+    assert "left out" in said and "epoch-0002-step-00000006" in said and "5 steps are done" in said
+    assert_equal(cut, cut.parent / "whole")
+
+
+def test_another_runs_checkpoint_is_named_and_left_out(cut: Path) -> None:
+    foreign = cut.parent / "whole" / "checkpoints" / "epoch-0003-step-00000010"
+    shutil.copytree(foreign, cut / "checkpoints" / foreign.name)
+    code, said = run_here("--run-name cut --resume auto", cut.parent)
+    assert code == 0
+    assert f"{foreign.name}: another run's" in said and "6 steps are done" in said
+    assert_equal(cut, cut.parent / "whole")
+
+
+def test_a_pickle_that_would_run_code_is_refused(cut: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (cut / "it ran",)
+
+    checkpoint = newest(cut, json.loads((cut / "config.json").read_text())["wandb_id"])
+    assert checkpoint
+    torch.save(Evil(), checkpoint / "optimizer.bin")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"optimizer.bin": digest(checkpoint / "optimizer.bin")}))
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        run_here("--run-name cut --resume auto", cut.parent)
+    assert not (cut / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--lr 0.2", "lr 0.1 -> 0.2"),
+        ("--net mlp", "net softmax -> mlp"),
+        ("--batch-size 32 --seed 1", "batch_size 16 -> 32, seed 0 -> 1"),
+        ("--train-examples 71", "train_examples 70 -> 71"),
+        ("--normalize rank", "normalize global -> rank"),
+    ],
+)
+def test_other_mathematics_are_refused_with_the_difference(cut: Path, flags: str, said: str) -> None:
+    before = (cut / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=said):
+        run_here(f"--run-name cut --resume auto {flags}", cut.parent)
+    assert (cut / "metrics.jsonl").read_bytes() == before
+
+
+def test_by_rank_another_number_of_ranks_is_other_mathematics(world: Worlds, tmp_path: Path) -> None:
+    cut_off(world(2), "--normalize rank", tmp_path, 7)
+    with pytest.raises(InputError, match="world_size 2 -> 1"):
+        run_here("--normalize rank --run-name cut --resume auto", tmp_path)
+
+
+def test_what_leaves_the_mathematics_alone_may_change(cut: Path) -> None:
+    code, _ = run_here("--run-name cut --resume auto --log-every 1 --tags a --epochs 3 --accumulate 2", cut.parent)
+    assert code == 0
+    assert [row["step"] for row in rows_of(cut)] == [3, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15]
+
+
+def test_a_path_begins_a_new_run_and_leaves_the_old_one_alone(cut: Path) -> None:
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    for name, path in (("a", cut), ("b", cut / "checkpoints" / "epoch-0002-step-00000005")):
+        code, _ = run_here(f"--run-name {name} --resume {path}", cut.parent)
+        assert code == 0
+        assert_equal(cut.parent / name, cut.parent / "whole")
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_is_left_as_it_is(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = cut.parent / "whole"
+    before = (whole / "metrics.jsonl").read_bytes()
+    flags = [
+        *SMALL.split(),
+        "--dataset",
+        str(cut.parent),
+        "--run-name",
+        "whole",
+        "--resume",
+        "auto",
+        "--out",
+        str(cut.parent),
+    ]
+    with mock.patch("sys.argv", ["train.py", *flags]), pytest.raises(SystemExit) as end:
+        train.main()
+    assert not end.value.code
+    assert f"{whole} is finished" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_another_process_trains_is_refused(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "LOCK_S", 0.1)
+    with (cut / "metrics.jsonl").open("a") as rows:
+        fcntl.flock(rows, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is training this run"):
+            run_here("--run-name cut --resume auto", cut.parent)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_save_that_fails_leaves_the_good_one(tmp_path: Path, call: int) -> None:
+    real, calls = checkpoints.sync, []
+
+    def fails(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 20 + call:  # while the third or fourth is written
+            raise OSError(28, "No space left on device", str(path))
+        real(path)
+
+    with mock.patch.object(checkpoints, "sync", fails):
+        code, said = run_here("--run-name cut", tmp_path)
+    assert code == 1
+    assert "the run cannot be saved: [Errno 28] No space left on device" in said
+    kept = sorted((tmp_path / "cut" / "checkpoints").glob("epoch-*"))
+    assert kept
+    assert find_flaw(kept[-1]) is None
+    assert f"Its last checkpoint, {kept[-1]}, is kept" in said
+    run_here("--run-name whole", tmp_path)
+    assert run_here("--run-name cut --resume auto", tmp_path)[0] == 0
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", ["--log-every 1", "--log-every 1000 --checkpoint-every 0", "--log-every 1000"])
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
+    world: Worlds, tmp_path: Path, flags: str
+) -> None:
+    wild = f"--net mlp --reduction sum --lr 1e30 --run-name wild {flags}"
+    results = world(2).run(run_here, wild, tmp_path)
+    assert {code for code, _ in results} == {1}
+    said = results[0][1]
+    assert "train.py: the loss is nan, under --reduction sum --normalize global: try --lr 6.25e+28" in said
+    assert "(a sum's step is 16 times the mean's)" in said
+    for checkpoint in (tmp_path / "wild" / "checkpoints").glob("epoch-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("path", ["nowhere", "."])
+def test_a_resume_from_nowhere_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(InputError, match=f"--resume {tmp_path / path}"):
+        config = parse([*SMALL.split(), "--resume", str(tmp_path / path), "--out", str(tmp_path / "out")])
+        config.validate()
+        train.train(config)
