@@ -51,7 +51,7 @@ def _idx_split(folder: Path, prefix: str) -> Split:
 
 def as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images (B, 28, 28) of 0 to 255 as floats (B, 1, 28, 28) of 0 to 1, as ToTensor does."""
-    return images.to(dtype).div_(255).unsqueeze(1)
+    return torch.div(images, torch.tensor(255, dtype=dtype)).unsqueeze(1)
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
@@ -86,7 +86,7 @@ class TrainBatches:
         end = max(step.start + step.n_global for step in self.shards.steps)
         if end > len(order):  # `pad` wraps round
             order = order[torch.arange(end) % len(order)]
-        order = order.to(self.split.images.device)
+        order = order.to(self.split.images.device, non_blocking=True)
         for cell, positions in self.shards.of_rank(self.rank, self.first_step):
             chosen = order[positions.start : positions.stop]
             X = as_floats(self.split.images.index_select(0, chosen), self.dtype)

@@ -1,8 +1,13 @@
-"""Time an epoch of softmax regression: the book's loop, a bare loop over tensors, and this project's, interleaved.
+"""Time this project's training loop against others, interleaved, in one run: a table, and JSON.
 
-python -m scripts.bench                                      one process, and each loop's peak memory
-OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m scripts.bench    two ranks, against a bare DDP loop
-    python -m scripts.bench --cost wandb --pairs 32                   what W&B offline costs an epoch
+    python -m scripts.bench --json bench.json                    everything on the CPU, in about eight minutes
+    python -m scripts.bench --parts loops --nets softmax --world-sizes 1 --rounds 30
+    python -m scripts.bench --device cuda --world-sizes 1        the same on a GPU
+    python -m scripts.bench --cost wandb --pairs 32              what W&B offline costs an epoch
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m scripts.bench --cost global --net mlp      the same on two ranks
+
+Each number of ranks is a launch of its own, with one thread a rank where there are several. scripts/bench_loops.py has
+the loops. Ratios are ratios of medians, over epochs taken in turns; an interval is of the mean log ratio of pairs.
 """
 
 from __future__ import annotations
@@ -12,99 +17,242 @@ import contextlib
 import json
 import math
 import os
-import resource
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
-import torchvision
-from accelerate import Accelerator
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-
-import train
-from loop.book import train_epoch_ch3
-from loop.config import Config, parse
-from loop.data import Split, TrainBatches, load
-from loop.fetch import provide
-from loop.launch import launched_rank, launched_world_size
-from loop.nets import make_net
-from loop.updater import make_updater
-
-BATCH_SIZE = 256
-COSTS = {  # flags of train.py with what may cost, and without
-    "audit": (["--audit-every", "1"], ["--audit-every", "0"]),
-    "global": (["--normalize", "global"], ["--normalize", "rank"]),
-    "wandb": (["--wandb", "offline"], ["--wandb", "disabled"]),
+NETS = ("softmax", "mlp", "lenet")
+PARTS = ("loops", "memory", "startup", "costs")
+COSTS = {  # flags of train.py with what may cost, and without; on how many ranks the full run measures it
+    "audit": (["--audit-every", "50"], ["--audit-every", "0"], 1),
+    "checkpoint": (["--checkpoint-every", "50"], ["--checkpoint-every", "0"], 1),
+    "wandb": (["--wandb", "offline"], ["--wandb", "disabled"], 1),
+    "global": (["--normalize", "global"], ["--normalize", "rank"], 2),
 }
-Epoch = Callable[[], object]
+PACKAGES = ("torch", "torchvision", "accelerate", "lightning", "numpy")
+IMPORTS = ("import torch", "import torch, torchvision, accelerate")
+BENCH = [sys.executable, "-m", "scripts.bench"]
+Figures = dict[str, Any]
 
 
-def book(data_dir: Path) -> Epoch:
-    """The book's own loop over torchvision's DataLoader, with its float(l) and per-example transform."""
-    to_tensor = torchvision.transforms.ToTensor()
-    data = torchvision.datasets.FashionMNIST(str(data_dir), train=True, transform=to_tensor)
-    batches = DataLoader(data, BATCH_SIZE, shuffle=True)
-    net, loss = make_net("softmax"), nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-
-    def epoch() -> None:
-        sums = [0.0, 0.0, 0.0]
-        for X, y in batches:
-            y_hat = net(X)
-            l = loss(y_hat, y)
-            optimizer.zero_grad()
-            l.backward()
-            optimizer.step()
-            sums[0] += float(l.detach()) * len(y)
-            sums[1] += float((y_hat.argmax(1) == y).sum())
-            sums[2] += len(y)
-
-    return epoch
-
-
-def bare(split: Split, rank: int, world_size: int) -> Epoch:
-    """A loop over tensors in memory, written the usual way; under DDP where there are ranks."""
-    images, labels = split
-    net: nn.Module = make_net("softmax")
-    if world_size > 1:
-        net = DistributedDataParallel(net)
-    loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1)
-    share = BATCH_SIZE // world_size
-
-    def epoch() -> float:
-        total = 0.0
-        mine = torch.randperm(len(labels))[rank::world_size]
-        for j in mine.split(share):
-            l = loss(net(images[j].float().div_(255)), labels[j])
-            optimizer.zero_grad()
-            l.backward()
-            optimizer.step()
-            total += float(l.detach()) * len(j)
-        return total / len(mine)
-
-    return epoch
+def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
+    parser.add_argument("--world-sizes", nargs="+", type=int, default=[1, 2], help="numbers of ranks")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="of a rank; default: one process as many as torch would, others 1")
+    parser.add_argument("--rounds", type=int, default=15, help="epochs of each loop in memory (lenet: a third)")
+    parser.add_argument("--slow-rounds", type=int, default=3, help="epochs of each loop over a DataLoader (lenet: one)")
+    parser.add_argument("--workers", nargs="*", type=int, default=[0, 2, 4], help="of the book's DataLoader")
+    parser.add_argument("--examples", type=int, help="of an epoch; default: all")
+    parser.add_argument("--tries", type=int, default=3, help="launches of each kind, to time start-up")
+    parser.add_argument("--json", type=Path, help="write the figures, with all single times, to this file")
+    parser.add_argument("--cost", choices=COSTS, help="only train pairs of runs with and without this, on these ranks")
+    parser.add_argument("--pairs", type=int, help="of runs, for a cost; default: 32 with --cost, otherwise 6")
+    parser.add_argument("--net", choices=NETS, default="softmax", help="of --cost")
+    parser.add_argument("--time", choices=NETS, help=argparse.SUPPRESS)  # measure on these ranks: the loops of a net,
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # or the memory of a loop
+    return parser.parse_args(args)
 
 
-def ours(split: Split, accelerator: Accelerator) -> Epoch:
-    """This project's loop, as train.py sets it up, but for the log."""
-    config = Config(batch_size=BATCH_SIZE)
-    net = accelerator.prepare(make_net("softmax"))
-    shards = config.shards(len(split.labels), accelerator.num_processes)
-    batches = TrainBatches(split, shards, rank=accelerator.process_index)
-    updater = make_updater(accelerator, net, config)
-    loss = nn.CrossEntropyLoss(reduction="none")
-    return lambda: train_epoch_ch3(net, batches, loss, updater)
+def main() -> None:
+    """Measure part after part, in processes of their own; print tables, write JSON."""
+    if "--first-step" in sys.argv:
+        first_step()
+    args = command_line()
+    if args.cost or args.time or args.peak:
+        measured = cost(args) if args.cost else time_loops(args) if args.time else peak_memory(args)
+        if args.json and os.environ.get("RANK", "0") == "0":
+            args.json.write_text(json.dumps(measured))
+        return
+    figures: Figures = environment(args.device)
+    print("{device}, {cores} cores, load {load}, {versions}".format_map(figures), flush=True)
+    if "loops" in args.parts:
+        figures["loops"] = []
+        for world_size in args.world_sizes:
+            for net in args.nets:
+                figures["loops"].append(in_ranks(world_size, args, "--time", net))
+                print(loops_in_words(figures["loops"][-1]), flush=True)
+    if "memory" in args.parts:
+        figures["memory"] = [
+            in_ranks(world_size, args, "--peak", loop) for world_size in args.world_sizes for loop in ("bare", "ours")
+        ]
+        print("\npeak memory of each rank, softmax")
+        for peak in figures["memory"]:
+            gpu = f", on its GPU {max(peak['gpu_mb'])} MB" if "gpu_mb" in peak else ""
+            print(
+                "  {loop}, {world_size} rank(s): {mb} MB, of which before the training {mb_before}".format_map(peak)
+                + gpu
+            )
+    if "startup" in args.parts:
+        print("\nseconds from the command to the end of the first step (to the end of the import)", flush=True)
+        figures["startup"] = startup(args)
+        for command, seconds in figures["startup"].items():
+            print(f"  {command:<62}{spread(seconds)}", flush=True)
+    if "costs" in args.parts:
+        print("\nratio of epoch times with and without, 95 % interval", flush=True)
+        figures["costs"] = []
+        for name, (_, _, world_size) in COSTS.items():
+            flags = ("--cost", name, "--pairs", str(args.pairs or 6))
+            figures["costs"].append(in_ranks(world_size, args, *flags))
+    figures["load_after"] = os.getloadavg()[0]
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def cost(of: str, pairs: int, net: str) -> None:
+def environment(device: str) -> Figures:
+    """Return what the figures depend on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    name = platform.machine()
+    if device == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name()
+    else:
+        with contextlib.suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return {
+        "versions": versions, "device": name, "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv[1:],
+    }  # fmt: skip
+
+
+def in_ranks(world_size: int, args: argparse.Namespace, *flags: str) -> Figures:
+    """Run this program on so many ranks to measure one thing; return its figures."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+    command = [sys.executable, *(launcher if world_size > 1 else []), *BENCH[1:], *flags]
+    command += ["--device", args.device, "--rounds", str(args.rounds), "--slow-rounds", str(args.slow_rounds)]
+    command += ["--workers", *map(str, args.workers)]
+    command += ["--examples", str(args.examples)] if args.examples else []
+    threads = args.threads or (1 if world_size > 1 else None)
+    environ = os.environ | {"KINETO_LOG_LEVEL": "99"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "figures.json"
+        subprocess.run([*command, "--json", str(written)], env=environ, check=True)
+        figures: Figures = json.loads(written.read_text())
+    return figures
+
+
+def join(args: argparse.Namespace, net: Any) -> Any:
+    """Join the ranks that were started; return the loops' Setting."""
+    from accelerate import Accelerator
+
+    from loop.config import Config
+    from loop.fetch import provide
+    from scripts.bench_loops import Setting
+
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    config = Config(net=net, train_examples=args.examples)
+    provide(config, fetching=accelerator.is_local_main_process)
+    return Setting(accelerator, config)
+
+
+def time_loops(args: argparse.Namespace) -> Figures:
+    """Time the loops of a net; then profile an epoch of ours, and split its steps."""
+    import torch
+
+    from scripts.bench_loops import IN_MEMORY, loops_of, split_epoch, take_turns
+
+    setting = join(args, args.time)
+    loops = loops_of(setting, args.workers)
+    fast, slow = args.rounds, args.slow_rounds
+    if args.time == "lenet":
+        fast, slow = -(-fast // 3), min(slow, 1)
+    seconds = take_turns(setting, loops, {name: fast if name in IN_MEMORY else slow for name in loops})
+    steps = len(setting.shards.steps)
+    split = split_epoch(setting)
+    return {
+        "net": args.time, "world_size": setting.world_size, "batch_size": setting.config.batch_size, "steps": steps,
+        "examples": setting.shards.examples, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "seconds": seconds, "split_us": {part: micros / steps for part, micros in split.items()},
+    }  # fmt: skip
+
+
+def peak_memory(args: argparse.Namespace) -> Figures:
+    """Train two epochs of a loop; return each rank's peak memory: of the process, or of the GPU."""
+    import resource
+
+    import torch
+    from accelerate.utils import gather_object
+
+    from scripts.bench_loops import loops_of
+
+    setting = join(args, "softmax")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    epoch = loops_of(setting, [])[args.peak]()
+    epoch()
+    epoch()
+    figures = {"loop": args.peak, "world_size": setting.world_size, "mb_before": gather_object([before])}
+    if args.device == "cuda":
+        figures["gpu_mb"] = gather_object([torch.cuda.max_memory_allocated() // 2**20])
+    return figures | {"mb": gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024])}
+
+
+def startup(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return how many seconds each command takes to its first step, or its import to its end, in turns."""
+    bench = ["-m", "scripts.bench", "--first-step"]
+    commands = {f'python -c "{statement}"': [sys.executable, "-c", statement] for statement in IMPORTS}
+    commands["python train.py"] = [sys.executable, *bench]
+    for world_size in args.world_sizes:
+        launch = f"accelerate launch --multi_gpu --num_processes {world_size}"
+        if world_size > 1:
+            commands[f"{launch} train.py"] = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()[2:],
+                                              *bench]  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    for _ in range(args.tries):
+        for name, command in commands.items():
+            with tempfile.TemporaryDirectory() as out:
+                started = time.time()
+                flags = [str(started), "--out", out, *(["--cpu"] if args.device == "cpu" else [])]
+                flags = flags if "--first-step" in command else []
+                done = subprocess.run([*command, *flags], env=environ, capture_output=True, text=True, check=True)
+                ended = time.time() - started
+            steps = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("first step")]
+            seconds[name].append(max(steps, default=ended))
+    return seconds
+
+
+def first_step() -> None:
+    """Be train.py, and end after the first step with the seconds since the time that follows `--first-step`."""
+    at = sys.argv.index("--first-step")
+    started, sys.argv[1:] = float(sys.argv[at + 1]), sys.argv[at + 2 :]
+    import train
+    from loop.runlog import RunLog
+
+    def end(*_: object) -> None:
+        print("first step", time.time() - started, flush=True)
+        os._exit(0)
+
+    setattr(RunLog, "after_cell", end)  # noqa: B010  # what the type checker would not have
+    train.main()
+
+
+def cost(args: argparse.Namespace) -> Figures:
     """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
+    import train
+    from loop.config import parse
+    from loop.launch import launched_rank, launched_world_size
+
+    *sides, _ = COSTS[args.cost]
+    pairs = args.pairs or 32
+    flags = ["--epochs", "3", "--wandb", "disabled", "--net", args.net]
+    flags += ["--cpu"] if args.device == "cpu" else []
+    flags += ["--train-examples", str(args.examples)] if args.examples else []
     seconds: list[list[float]] = [[], []]
     with tempfile.TemporaryDirectory() as out, Path(os.devnull).open("w") as devnull:
         for i in range(pairs + 1):
@@ -112,73 +260,45 @@ def cost(of: str, pairs: int, net: str) -> None:
                 folder = Path(out) / f"{i}-{side}"
                 place = ["--out", out, "--run-name", folder.name]
                 with contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
-                    train.train(parse(["--epochs", "3", "--wandb", "disabled", "--net", net, *COSTS[of][side], *place]))
+                    train.train(parse([*flags, *sides[side], *place]))
                 if i and launched_rank() == 0:  # the first pair is a warm-up
                     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
                     seconds[side].append(statistics.median(row["time/epoch_s"] for row in rows if "train/loss" in row))
-    if launched_rank() == 0:
-        logs = [math.log(a / b) for a, b in zip(*seconds, strict=True)]
-        mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(pairs)
-        low, high = (math.exp(mean + t * error) for t in (-2.04, 2.04))  # Student's t, some 30 degrees of freedom
-        sides = " / ".join(" ".join(flags) for flags in COSTS[of])
-        print(f"{net}, {launched_world_size()} rank(s): {sides}, epoch time: {math.exp(mean):.3f}, "
-              f"95 % from {low:.3f} to {high:.3f}, n = {pairs}")  # fmt: skip
+    if launched_rank() > 0:
+        return {}
+    ratio, low, high = interval(seconds)
+    words = " / ".join(" ".join(side) for side in sides)
+    print(f"  {args.net}, {launched_world_size()} rank(s), {words}: {ratio:.3f} ({low:.3f} to {high:.3f}), n = {pairs}",
+          flush=True)  # fmt: skip
+    return {"cost": args.cost, "net": args.net, "world_size": launched_world_size(), "ratio": ratio,
+            "interval": [low, high], "seconds": seconds}  # fmt: skip
 
 
-def main() -> None:
-    """Time the loops, each once in turn, and print medians and ratios; with --only, one epoch and its peak memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="epochs of each loop")
-    parser.add_argument("--only", choices=["bare", "ours"], help="run two epochs of this loop, print peak memory in MB")
-    parser.add_argument("--cost", choices=COSTS, help="train pairs of runs with and without this instead")
-    parser.add_argument("--pairs", type=int, default=32, help="of --cost; 30 or more")
-    parser.add_argument("--net", choices=["softmax", "mlp", "lenet"], default="softmax", help="of --cost")
-    args = parser.parse_args()
-    if args.cost:
-        cost(args.cost, args.pairs, args.net)
-        return
-    config = Config()
-    accelerator = Accelerator(cpu=True)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    provide(config, fetching=accelerator.is_local_main_process)
-    split, _ = load(config)
+def interval(seconds: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Return the geometric mean ratio of pairs, and the ends of its 95 % interval (Student's t)."""
+    logs = [math.log(a / b) for a, b in zip(*seconds, strict=True)]
+    freedom = len(logs) - 1
+    t = 1.96 + 2.37 / freedom + 2.82 / freedom**2  # within 2 % of Student's from 4 degrees of freedom on
+    mean, error = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - t * error), math.exp(mean + t * error)
 
-    loops: dict[str, Callable[[], Epoch]] = {
-        "bare": lambda: bare(split, rank, world_size),
-        "ours": lambda: ours(split, accelerator),
-    }
-    if args.only:
-        epoch = loops[args.only]()
-        epoch(), epoch()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        return
-    if world_size == 1:
-        loops["book"] = lambda: book(config.data_dir)
 
-    epochs = {name: make() for name, make in loops.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for round_ in range(args.rounds + 1):
-        for name, epoch in epochs.items():
-            if name == "book" and round_ > 3:
-                continue  # it is slow, and three rounds tell
-            accelerator.wait_for_everyone()
-            started = time.perf_counter()
-            epoch()
-            seconds[name] += [time.perf_counter() - started] if round_ else []  # the first is a warm-up
-    if not accelerator.is_main_process:
-        return
-    print(f"softmax, batch {BATCH_SIZE}, {world_size} rank(s), {torch.get_num_threads()} thread(s) each, "
-          f"{os.cpu_count()} cores, torch {torch.__version__}")  # fmt: skip
+def loops_in_words(figures: Figures) -> str:
+    """Return a table of the loops of a net, and the split of a step of ours."""
+    seconds: dict[str, list[float]] = figures["seconds"]
     reference = statistics.median(seconds["bare"])
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(f"{name:<6}{median:>8.3f} s an epoch (min {min(times):.3f}, max {max(times):.3f}, n = {len(times)})"
-              f"{median / reference:>8.2f} x bare")  # fmt: skip
-    if world_size == 1:
-        for name in ("bare", "ours"):
-            command = [sys.executable, "-m", "scripts.bench", "--only", name]
-            peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-            print(f"{name:<6}{peak:>8} MB peak memory")
+    head = "{net}, batch {batch_size}, {world_size} rank(s) of {threads} thread(s), load {load:.1f}".format_map(figures)
+    lines = [f"\n{head:<66}s an epoch      x bare"]
+    for name, times in sorted(seconds.items(), key=lambda item: statistics.median(item[1])):
+        lines.append(f"  {name:<30}{spread(times):>48}{statistics.median(times) / reference:>10.2f}")
+    split = figures["split_us"]
+    parts = ", ".join(f"{part} {micros:.0f}" for part, micros in split.items())
+    return "\n".join([*lines, f"  a step of ours under the profiler, µs: {parts}"])
+
+
+def spread(times: Sequence[float]) -> str:
+    """Return median, smallest, largest and number."""
+    return f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f}, n = {len(times)})"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""What the speed rests on: no step waits for the device, nothing is imported too early; and the bench's figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from loop.config import parse
+from loop.runlog import RunLog
+from scripts import bench
+from tests.ranks import World
+
+WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default}
+TINY = ["--examples", "600", "--rounds", "2", "--slow-rounds", "1", "--workers", "0"]
+
+
+class Watch(TorchDispatchMode):
+    """Raises, while armed, for what would have the host wait for the device: on a GPU really, on a CPU as if."""
+
+    armed, seen = False, 0
+
+    def arm(self, armed: bool) -> None:
+        self.armed = armed
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error" if armed else "default")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += self.armed
+        if self.armed:
+            assert func not in WAITING, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_a_number_read() -> None:
+    with Watch() as watch:
+        watch.arm(True)
+        with pytest.raises(AssertionError, match="waits"):
+            float(torch.ones(2).sum())
+        watch.arm(False)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--updater", "scratch"], ["--clip-norm", "1", "--accumulate", "2"], ["--momentum", "0.9"]],
+    ids=" ".join,
+)
+def test_no_step_between_log_steps_waits_for_the_device(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, on_cell, after_cell = Watch(), RunLog.on_cell, RunLog.after_cell
+
+    def watched_on_cell(log: RunLog, *cell: Any) -> None:
+        on_cell(log, *cell)
+        watch.arm(not log.due)
+
+    def watched_after_cell(log: RunLog, *cell: Any) -> None:
+        after_cell(log, *cell)
+        watch.arm(log.epoch_steps < len(log.shards.steps))  # while the next batch is made, too
+
+    monkeypatch.setattr(RunLog, "on_cell", watched_on_cell)
+    monkeypatch.setattr(RunLog, "after_cell", watched_after_cell)
+    short = [
+        "--train-examples",
+        "700",
+        "--batch-size",
+        "64",
+        "--epochs",
+        "2",
+        "--log-every",
+        "4",
+        "--wandb",
+        "disabled",
+    ]
+    with watch:
+        assert train.train(parse([*short, "--out", str(tmp_path), *flags])) == 0
+    assert watch.seen > 200
+    watch.arm(False)
+
+
+def test_the_first_step_needs_no_picture_and_no_wandb(tmp_path: Path) -> None:
+    """And torch._dynamo, which costs over a second, only because torchvision and torch.optim import it themselves."""
+    code = (
+        "import os, sys, train; from loop.runlog import RunLog; from loop.config import parse\n"
+        "def end(*_): print(sorted({name.split('.')[0] for name in sys.modules})); sys.stdout.flush(); os._exit(0)\n"
+        "RunLog.after_cell = end; train.train(parse(sys.argv[1:]))"
+    )
+    flags = ["--train-examples", "256", "--wandb", "disabled", "--cpu", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
+    imported = done.stdout.splitlines()[-1]
+    assert "'torch'" in imported
+    assert not [name for name in ("matplotlib", "wandb", "IPython", "plotly") if f"'{name}'" in imported]
+
+
+def timed(net: str, *flags: str) -> bench.Figures:
+    """The loops of a net, timed on this rank."""
+    return bench.time_loops(bench.command_line(["--time", net, *TINY, *flags]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_bench_times_every_loop_and_splits_a_step(world: Callable[[int], World], world_size: int) -> None:
+    figures = world(world_size).run(timed, "softmax")[0]
+    seconds = figures["seconds"]
+    assert {"bare", "ours", "ours, Accelerate's objects", "Accelerate"} <= set(seconds)
+    assert ("book, 0 workers" in seconds) == (world_size == 1)
+    assert [len(seconds[name]) for name in ("bare", "ours", "Accelerate")] == [2, 2, 1]
+    assert figures["steps"] == 3
+    table = bench.loops_in_words(json.loads(json.dumps(figures)))
+    assert all(name in table for name in (*seconds, "data", "forward", "all-reduce", "1.00"))
+
+
+def test_the_bench_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"cost": "audit", "ratio": 1.0}
+    monkeypatch.setattr(bench, "in_ranks", lambda world_size, args, *flags: {**figures, "ranks": world_size})
+    monkeypatch.setattr(sys, "argv", ["bench", "--parts", "costs", "--json", str(tmp_path / "bench.json")])
+    bench.main()
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [cost["ranks"] for cost in written["costs"]] == [1, 1, 1, 2]
+    assert torch.__version__.startswith(written["versions"]["torch"])
+    assert written["device"] and written["cores"] and written["device"] in capsys.readouterr().out
+
+
+def test_a_cost_is_a_ratio_with_its_interval() -> None:
+    assert bench.interval([[1.1, 2.2, 3.3], [1.0, 2.0, 3.0]]) == pytest.approx((1.1, 1.1, 1.1))
+    ratio, low, high = bench.interval([[1.0, 2.0] * 16, [1.0, 1.0] * 16])
+    assert ratio == pytest.approx(2**0.5)
+    assert low < ratio < high
+    assert ratio / low == pytest.approx(high / ratio) == pytest.approx(1.1354, rel=1e-3), "t = 2.0395 at 31"
+
+
+def test_a_cost_comes_from_pairs_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    args: Namespace = bench.command_line(["--cost", "checkpoint", "--pairs", "2", "--examples", "600"])
+    figures = bench.cost(args)
+    assert [len(side) for side in figures["seconds"]] == [2, 2]
+    assert "--checkpoint-every 50" in capsys.readouterr().out
