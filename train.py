@@ -21,7 +21,14 @@ from typing import Any
 
 from loop.config import Config, InputError, parse
 from loop.fetch import provide
-from loop.launch import count_gpus, launched_local_rank, launched_rank, launched_world_size, make_accelerator
+from loop.launch import (
+    count_gpus,
+    keep_freed_memory,
+    launched_local_rank,
+    launched_rank,
+    launched_world_size,
+    make_accelerator,
+)
 from loop.stopping import RunEnded, StopSignal
 
 
@@ -89,6 +96,7 @@ def _train(config: Config, stop: StopSignal) -> int:
 
     train_split, test_split = load(config)
     jsonl = JsonlTracker()
+    keep_freed_memory()
     trackers = [jsonl, *(make_tracker(config, jsonl) if launched_rank() == 0 else [])]
     accelerator = make_accelerator(config, trackers)
     main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes

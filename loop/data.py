@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,12 @@ def _idx_split(folder: Path, prefix: str) -> Split:
 
 def as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images (B, 28, 28) of 0 to 255 as floats (B, 1, 28, 28) of 0 to 1, as ToTensor does."""
-    return torch.div(images, torch.tensor(255, dtype=dtype)).unsqueeze(1)
+    return torch.div(images, _white(dtype)).unsqueeze(1)
+
+
+@cache
+def _white(dtype: torch.dtype) -> Tensor:
+    return torch.tensor(255, dtype=dtype)
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:

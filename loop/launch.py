@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -83,6 +85,17 @@ def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelera
             f"alone, as one of {accelerator.num_processes}: {HOW_TO_LAUNCH}"
         )
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step, where it is the C library.
+
+    By itself it may hand LeNet's activations back to the kernel at every step, to take them page by page anew.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: only larger blocks, it allows no more, are the kernel's own
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _from_environment(names: tuple[str, ...], default: int) -> int:

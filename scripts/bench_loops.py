@@ -226,16 +226,19 @@ def loops_of(setting: Setting, workers: Iterable[int]) -> dict[str, Callable[[],
 def take_turns(
     setting: Setting, loops: dict[str, Callable[[], Epoch]], rounds: dict[str, int]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each loop's epochs, after one that does not count; the order turns with every round."""
+    """Return the seconds of each loop's epochs; the order turns with every round.
+
+    A loop in memory takes one epoch before, which does not count: what is slow at first shows there, and nowhere else.
+    """
     epochs = {name: make() for name, make in loops.items()}
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
-    total = sum(rounds[name] + 1 for name in names)
+    total = sum(rounds[name] + (name in IN_MEMORY) for name in names)
     title = f"{setting.config.net}, {setting.world_size} rank(s)"
     with tqdm(total=total, desc=title, unit="epoch", disable=setting.rank > 0, leave=False) as bar:
         for round_ in range(max(rounds.values()) + 1):
             for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                if round_ > rounds[name]:
+                if round_ > rounds[name] or not (round_ or name in IN_MEMORY):
                     continue
                 setting.wait()
                 started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from argparse import Namespace
@@ -85,6 +86,23 @@ def test_no_step_between_log_steps_waits_for_the_device(
         assert train.train(parse([*short, "--out", str(tmp_path), *flags])) == 0
     assert watch.seen > 200
     watch.arm(False)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
+    code = (
+        "import resource, sys, torch; from loop.launch import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for i in range(10):\n"
+        "    before = faults(); blocks = [torch.ones(2**22) for _ in range(4)]; del blocks\n"  # 16 MiB each
+        "print(faults() - before)"
+    )
+    taken = {}
+    for how in ("keep", "plain"):
+        command = [sys.executable, "-c", code, how]
+        taken[how] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert taken["keep"] < taken["plain"] / 10
 
 
 def test_the_first_step_needs_no_picture_and_no_wandb(tmp_path: Path) -> None:
