@@ -6,4 +6,4 @@ source scripts/setup.sh
 setup "$PWD" requirements.txt tests/requirements.txt
 
 "$PYTHON" train.py --check
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
