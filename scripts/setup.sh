@@ -3,7 +3,7 @@
 # `setup ROOT FILE...` makes $PYTHON a Python with these requirements installed: an active virtual environment is used;
 # else ROOT/.venv is made. What was installed is noted in the environment, so that a second call costs a checksum. An
 # interrupted call leaves no note, and the next one goes on from there.
-# `count_ranks` sets $ranks, the ranks to start on this machine: $NPROC, else one a GPU, else 2. `share_cores` gives
+# `count_cores` prints how many there are. `count_ranks` sets $ranks, the ranks to start on this machine: $NPROC, else one a GPU, else 2. `share_cores` gives
 # each its share of the cores, unless OMP_NUM_THREADS says otherwise.
 
 die() {
@@ -49,8 +49,12 @@ count_ranks() {
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC=$ranks is not a number of ranks"
 }
 
+count_cores() {
+    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN # nproc counts those that this job may use
+}
+
 share_cores() {
     local cores
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc counts those that this job may use
+    cores=$(count_cores)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 }
