@@ -3,8 +3,8 @@
 # `setup ROOT FILE...` makes $PYTHON a Python with these requirements installed: an active virtual environment is used;
 # else ROOT/.venv is made. What was installed is noted in the environment, so that a second call costs a checksum. An
 # interrupted call leaves no note, and the next one goes on from there.
-# `count_cores` prints how many there are. `count_ranks` sets $ranks, the ranks to start on this machine: $NPROC, else one a GPU, else 2. `share_cores` gives
-# each its share of the cores, unless OMP_NUM_THREADS says otherwise.
+# `count_cores` prints how many cores there are. `count_ranks` sets $ranks, the ranks to start on this machine: $NPROC,
+# else one a GPU, else 2. `share_cores` gives each its share of the cores, unless OMP_NUM_THREADS says otherwise.
 
 die() {
     echo "$0: $*" >&2
