@@ -29,6 +29,7 @@ from loop.launch import (
     launched_world_size,
     make_accelerator,
 )
+from loop.resume import beginning, how_to_go_on, is_finished
 from loop.stopping import RunEnded, StopSignal
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         config.validate()
         examples = config.training_size(provide(config, fetching=speaks))
         shards = config.shards(examples, launched_world_size())
-        if config.is_finished(shards.world_size):
+        if is_finished(config, examples, shards.world_size, quiet=not speaks):
             if speaks:
                 print(f"train.py: {config.folder(shards.world_size)} is finished")
             sys.exit()
@@ -84,7 +85,7 @@ def _train(config: Config, stop: StopSignal) -> int:
     from loop.animator import Animator
     from loop.audit import Audit
     from loop.book import CURVES, Accumulator, train_ch3
-    from loop.checkpoints import Checkpoints, beginning, failing_as_os_error, how_to_go_on
+    from loop.checkpoints import Checkpoints, failing_as_os_error
     from loop.data import EvalBatches, TrainBatches, load
     from loop.folder import open_run, write_json
     from loop.heartbeat import Heartbeat, is_lost_peer
@@ -103,7 +104,13 @@ def _train(config: Config, stop: StopSignal) -> int:
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     shards = config.shards(len(train_split.labels), world_size)
     exit_code, folder = 1, None
-    stop.last_resort = lambda code: finish(accelerator, code)
+
+    def give_up(code: int) -> None:
+        if main:
+            print(f"train.py: stopped before a step row or a checkpoint. {how_to_go_on(folder)}", file=sys.stderr)
+        finish(accelerator, code, sparing=jsonl)  # which still gets the rows that a last checkpoint counts
+
+    stop.last_resort = give_up
     with Heartbeat(rank, world_size) as heartbeat:
         try:
             begun: list[Any] = [None, None, None]
@@ -154,7 +161,8 @@ def _train(config: Config, stop: StopSignal) -> int:
             exit_code = ended.exit_code
             log.close()
             if main:
-                print(f"train.py: {ended} after step {log.step}. {how_to_go_on(folder)}", file=sys.stderr)
+                then = f" {how_to_go_on(folder)}" if ended.goes_on else ""
+                print(f"train.py: {ended} after step {log.step}.{then}", file=sys.stderr)
         except OSError as error:
             if heartbeat.is_first_to_fail():
                 print(f"train.py: error: the run cannot be saved: {error}. {how_to_go_on(folder)}", file=sys.stderr)

@@ -20,6 +20,7 @@ from loop.shards import Shards, Tail
 
 DEFAULT_SGD_LR = {"softmax": 0.1, "mlp": 0.1, "lenet": 0.9}  # the book's
 DEFAULT_ADAM_LR = 1e-3
+FLOAT32 = 1e38  # what a float32 holds, about
 FASHION_MNIST = "fashion-mnist"
 
 
@@ -155,10 +156,6 @@ class Config:
         """Return where the run is kept, if nothing of this name is there before it."""
         return self.out / (self.run_name or self.default_run_name(world_size))
 
-    def is_finished(self, world_size: int) -> bool:
-        """Whether `--resume auto` has nothing left to do."""
-        return self.resume == "auto" and (self.folder(world_size) / "summary.json").is_file()
-
     def default_run_name(self, world_size: int) -> str:
         """Return the run's mode in words, such as mean-global-spread-w2-b256."""
         return f"{self.reduction}-{self.normalize}-{self.tail}-w{world_size}-b{self.batch_size}"
@@ -168,12 +165,14 @@ class Config:
         at_least_1 = ("batch_size", "accumulate", "epochs", "log_every")
         for flag in at_least_1 if self.train_examples is None else (*at_least_1, "train_examples"):
             self._require(getattr(self, flag) >= 1, flag, "must be at least 1")
+        self._require(self.epochs <= 10**6, "epochs", "must be at most a million")
+        self._require(self.accumulate <= 4096, "accumulate", "must be at most 4096")
         self._require(0 <= self.seed < 2**63, "seed", "must be from 0 to 2^63 - 1")
-        self._require(0 < self.learning_rate < math.inf, "lr", "must be a finite number above 0")
+        self._require(0 < self.learning_rate < FLOAT32, "lr", "must be above 0 and below 1e38")
         if self.clip_norm is not None:
             self._require(0 < self.clip_norm < math.inf, "clip_norm", "must be a finite number above 0")
         self._require(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
-        self._require(0 <= self.weight_decay < math.inf, "weight_decay", "must be finite, 0 or more")
+        self._require(0 <= self.weight_decay < FLOAT32, "weight_decay", "must be at least 0 and below 1e38")
         self._require(self.checkpoint_every >= 0, "checkpoint_every", "must be 0 or more")
         self._require(1 <= self.ddp_timeout <= 86400, "ddp_timeout", "must be from 1 to 86400 seconds")
         self._require(self.audit_every >= 0, "audit_every", "must be 0 or more")
@@ -181,7 +180,7 @@ class Config:
             self._require(0 <= self.audit_fail < math.inf, "audit_fail", "must be a finite number, 0 or more")
         if self.run_name is not None:
             check_run_name(self.run_name)
-        known = self.resume in ("never", "auto") or Path(self.resume).is_dir()
+        known = self.resume in ("never", "auto") or _is_folder(Path(self.resume))
         _refuse(
             not known, f"--resume {self.resume} is neither never, nor auto, nor the folder of a run or a checkpoint"
         )
@@ -252,6 +251,13 @@ def check_run_name(name: str) -> None:
     """Raise InputError unless the name can be a folder's and W&B's."""
     plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
     _refuse(not plain, f"--run-name {name!r} must be a plain name: letters, digits, '_', '-' and '.'")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _refuse(contradiction: bool, message: str) -> None:

@@ -71,16 +71,16 @@ def fetch_fashion_mnist(data_dir: Path) -> None:
     Safe to call from several jobs at once: one works, the others wait. Raises InputError when every source fails.
     """
     raw = raw_folder(data_dir)
-    if (raw.parent / "processed").exists():
-        raise InputError(
-            f"--data-dir {data_dir}: {raw.parent / 'processed'}, of an old torchvision, would be read in place of the "
-            "verified files: remove it"
-        )
-    if _remembered(raw):
-        return
-    if not os.access(raw, os.W_OK) and not _problems(raw):
-        return  # a good read-only copy: nothing to do, and nowhere to remember it
     try:
+        if (raw.parent / "processed").exists():
+            raise InputError(
+                f"--data-dir {data_dir}: {raw.parent / 'processed'}, of an old torchvision, would be read in place of "
+                "the verified files: remove it"
+            )
+        if _remembered(raw):
+            return
+        if not os.access(raw, os.W_OK) and not _problems(raw):
+            return  # a good read-only copy: nothing to do, and nowhere to remember it
         raw.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir):
             if not _remembered(raw):

@@ -22,30 +22,29 @@ LOCK_S = 20  # ranks whose launcher was killed end within this time
 class RunFolder:
     """A run's folder with its metrics.jsonl, which is locked while it is open, so that two runs never mix.
 
-    path: the folder. identity: the run's own, for good; W&B's id too.
+    path: the folder. identity: the run's own, for good; W&B's id too. new: whether it was made for this process.
     Raises InputError where the folder is held by another process, or is no run's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, new: bool) -> None:
+        self.path, self.new = path, new
         self.rows = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._lock()
-        try:
-            self.identity = str(json.loads((path / "config.json").read_text())["wandb_id"])
-        except FileNotFoundError:  # new, or killed before it began
-            self.identity = secrets.token_hex(4)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--resume: {path / 'config.json'} cannot be read ({error})") from None
+        known = identity_of(path)
+        if known is None and self.rows.tell():  # a run killed before it began has no row
+            raise InputError(f"--resume: {path} has a metrics.jsonl, but no config.json: it is no run's folder")
+        self.identity = known or secrets.token_hex(4)
 
     def _lock(self) -> None:
-        deadline = time.monotonic() + LOCK_S
+        deadline, said = time.monotonic() + LOCK_S, False
         while True:
             try:
                 return fcntl.flock(self.rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(f"--run-name {self.path.name}: another process is training this run") from None
-            if time.monotonic() > deadline - LOCK_S + 1:
+            if time.monotonic() > deadline - LOCK_S + 1 and not said:
+                said = True
                 print(f"train.py: waiting for the process that trains {self.path}", file=sys.stderr, flush=True)
             time.sleep(1)
 
@@ -68,9 +67,20 @@ class RunFolder:
         self.rows.close()
 
     def discard(self) -> None:
-        """Remove the folder of a run that cannot begin."""
+        """Let go the folder of a run that cannot begin, and remove it if it was made for that."""
         self.close()
-        shutil.rmtree(self.path)
+        if self.new:
+            shutil.rmtree(self.path)
+
+
+def identity_of(path: Path) -> str | None:
+    """Return the identity of the run in a folder, None where there is none. Raises InputError for a damaged one."""
+    try:
+        return str(json.loads((path / "config.json").read_text())["wandb_id"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume: {path / 'config.json'} cannot be read ({error})") from None
 
 
 def open_run(config: Config, world_size: int) -> RunFolder:
@@ -85,12 +95,12 @@ def open_run(config: Config, world_size: int) -> RunFolder:
         path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
         try:
             path.mkdir(parents=True)
-            return RunFolder(path)
+            return RunFolder(path, new=True)
         except OSError as error:
             if not path.is_dir():
                 raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
             if config.resume == "auto":
-                return RunFolder(path)
+                return RunFolder(path, new=False)
             config.refuse_existing_run()
             attempt += 1
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from loop.animator import Animator
 from loop.audit import Audit, Reading, replica_drift
 from loop.book import Accumulator, Epoch
-from loop.checkpoints import Checkpoints, Progress
+from loop.checkpoints import Checkpoints
 from loop.config import Config
+from loop.resume import Progress
 from loop.shards import Cell, Shards
 from loop.stopping import RunEnded, Stopped, StopSignal
 
@@ -28,14 +29,16 @@ class AuditFailed(RunEnded):
 class NotFinite(RunEnded):
     """The loss has become infinite, or no number."""
 
+    goes_on = False  # its last checkpoint's weights are on their way there
+
 
 class RunLog:
     """Turns what the loop reports into step rows, epoch rows, checkpoints, and a progress bar.
 
     `on_cell`, `on_gradient`, `after_cell` and `after_epoch` are the loop's callbacks: the same calls on every rank. A
     step gets a row every `--log-every` steps, and where it is audited. All ranks together raise `Stopped` after the
-    first kind of row or an epoch, if any had a signal, with a checkpoint saved; `AuditFailed` after the second kind, if
-    the audit found too much; `NotFinite` at the next row or checkpoint once a loss is.
+    first kind of row or a checkpoint, if any had a signal, with a checkpoint saved; `AuditFailed` after the second
+    kind, if the audit found too much; `NotFinite` at the next row or checkpoint once a loss is.
 
     summary: the last epoch's row.
     """
@@ -130,7 +133,6 @@ class RunLog:
             self._check_loss(loss)
         if stops:
             self._save()
-            raise Stopped(self.stop)
 
     def _check_loss(self, loss: float) -> None:
         """Raise NotFinite for a loss that is not, with what to try."""
@@ -143,7 +145,7 @@ class RunLog:
             remedy = f"a smaller --lr than {config.learning_rate:g}"
         raise NotFinite(
             f"the loss is {loss}, under --reduction {config.reduction} --normalize {config.normalize}: "
-            f"try {remedy}; ended"
+            f"start a new run with {remedy}; ended"
         )
 
     def _read_audit(self) -> None:
@@ -154,9 +156,16 @@ class RunLog:
             self._check_audit(int(row["step"]), reading)
 
     def _save(self) -> None:
+        """Save a checkpoint; stop there if any rank was told to."""
         self._read_audit()
         if not self.checkpoints.save(Progress(self.epoch, self.epoch_steps, self.step, self.examples)):
             self._check_loss(math.nan)
+        stops = Accumulator(1)
+        stops.add(self.stop.signum != 0)
+        if self.accelerator.num_processes > 1:
+            stops.all_reduce()
+        if stops[0]:
+            raise Stopped(self.stop)
 
     def _check_audit(self, step: int, reading: Reading) -> None:
         """Raise AuditFailed for more than `--audit-fail` allows, but in a step that fp16's overflow skips."""
@@ -191,15 +200,9 @@ class RunLog:
         self._log(row)
         self._show(epoch.train_loss, epoch.train_acc, row["time/examples_per_s"])
         self._show_epoch(row)
-        self._check_loss(epoch.train_loss)
+        self._check_loss(epoch.train_loss + epoch.test_loss)
         self.epoch, self.epoch_steps = self.epoch + 1, 0
-        stops = Accumulator(1)
-        stops.add(self.stop.signum != 0)
-        if self.accelerator.num_processes > 1:
-            stops.all_reduce()
         self._save()
-        if stops[0]:
-            raise Stopped(self.stop)
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:
         self.summary = dict(row)

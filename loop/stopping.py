@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT, handled in one place: noted at once, acted on by all ranks together.
 
 A rank that stopped alone would leave the others waiting in their next all-reduce. So a signal is only noted; the next
-log step's reduce carries the note to all ranks, and all stop there. Where that does not happen in time (a peer is dead,
-the steps are long), a thread, which runs even while the main thread waits in a collective, saves what there is and ends
-the process. Before the ranks have joined there is nothing to save, and it ends at once.
+log step's or checkpoint's reduce carries the note to all ranks, and all stop there. Where that does not happen in time
+(a peer is dead, the steps are long), a thread, which runs even while the main thread waits in a collective, ends the
+trackers and the process. Before the ranks have joined there is nothing to save, and it ends at once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 1  # between looks at whether the launcher is alive
 GRACE_S = 8  # torchrun kills 30 s after its SIGTERM, and ending a W&B run may take 20
-LAUNCHER = os.getppid() if "LOCAL_RANK" in os.environ else None  # as of the import, before what is slow
+# As of the import, before what is slow. `accelerate launch` of one process sets no LOCAL_RANK.
+LAUNCHER = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
 
 
 class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to together
     """All ranks end the run here; what it is called with says why."""
 
     exit_code = 1
+    goes_on = True  # from its last checkpoint, if the run is started again
 
 
 class Stopped(RunEnded):

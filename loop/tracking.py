@@ -59,11 +59,11 @@ class JsonlTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         return (self.run.path / "metrics.jsonl").read_bytes().count(b"\n")
 
 
-def finish(accelerator: Accelerator, exit_code: int) -> None:
+def finish(accelerator: Accelerator, exit_code: int, sparing: GeneralTracker | None = None) -> None:
     """End the run's trackers, once: what `Accelerator.end_training` does, with an exit code, sparing the group."""
     with ExitStack() as each:  # one that fails keeps no other from its end
-        while accelerator.trackers:
-            tracker = accelerator.trackers.pop(0)
+        for tracker in [tracker for tracker in accelerator.trackers if tracker is not sparing]:
+            accelerator.trackers.remove(tracker)
             tracker.exit_code = exit_code
             each.callback(tracker.finish)
 

@@ -31,12 +31,13 @@ from typing import Any
 
 NETS = ("softmax", "mlp", "lenet")
 PARTS = ("loops", "memory", "startup", "costs")
-COSTS = {  # flags of train.py with what may cost, and without; on how many ranks the full run measures it
-    "audit": (["--audit-every", "50"], ["--audit-every", "0"], 1),
-    "checkpoint": (["--checkpoint-every", "50"], ["--checkpoint-every", "0"], 1),
-    "wandb": (["--wandb", "offline"], ["--wandb", "disabled"], 1),
-    "global": (["--normalize", "global"], ["--normalize", "rank"], 2),
+COSTS = {  # flags of train.py with what may cost, and without; on what net and how many ranks the full run measures it
+    "audit": (["--audit-every", "50"], ["--audit-every", "0"], "softmax", 1),
+    "checkpoint": ([], [], "mlp", 1),  # the one at an epoch's end, beside the epoch, in the same run
+    "wandb": (["--wandb", "offline"], ["--wandb", "disabled"], "softmax", 1),
+    "global": (["--normalize", "global"], ["--normalize", "rank"], "softmax", 2),
 }
+PAIRS = {"global": 32}  # of runs; the other costs are too large to need as many
 PACKAGES = ("torch", "torchvision", "accelerate", "lightning", "numpy")
 IMPORTS = ("import torch", "import torch, torchvision, accelerate")
 BENCH = [sys.executable, "-m", "scripts.bench"]
@@ -51,7 +52,7 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--world-sizes", nargs="+", type=int, default=[1, 2], help="numbers of ranks")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="of a rank; default: one process as many as torch would, others 1")
-    parser.add_argument("--rounds", type=int, default=12, help="epochs of each loop in memory (lenet: a quarter)")
+    parser.add_argument("--rounds", type=int, default=12, help="epochs of each loop in memory (lenet: half)")
     parser.add_argument(
         "--slow-rounds", type=int, default=3, help="epochs of each loop over a DataLoader (others than softmax: one)"
     )
@@ -60,7 +61,9 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=3, help="launches of each kind, to time start-up")
     parser.add_argument("--json", type=Path, help="write the figures, with all single times, to this file")
     parser.add_argument("--cost", choices=COSTS, help="only train pairs of runs with and without this, on these ranks")
-    parser.add_argument("--pairs", type=int, help="of runs, for a cost; default: 32 with --cost, otherwise 6")
+    parser.add_argument(
+        "--pairs", type=int, help="of runs, for a cost; default: 32 with --cost and for `global`, otherwise 6"
+    )
     parser.add_argument("--net", choices=NETS, default="softmax", help="of --cost")
     parser.add_argument("--time", choices=NETS, help=argparse.SUPPRESS)  # measure on these ranks: the loops of a net,
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # or the memory of a loop
@@ -104,8 +107,8 @@ def main() -> None:
     if "costs" in args.parts:
         print("\nratio of epoch times with and without, 95 % interval", flush=True)
         figures["costs"] = []
-        for name, (_, _, world_size) in COSTS.items():
-            flags = ("--cost", name, "--pairs", str(args.pairs or 6))
+        for name, (_, _, net, world_size) in COSTS.items():
+            flags = ("--cost", name, "--net", net, "--pairs", str(args.pairs or PAIRS.get(name, 6)))
             figures["costs"].append(in_ranks(world_size, args, *flags))
     figures["load_after"] = os.getloadavg()[0]
     if args.json:
@@ -175,7 +178,7 @@ def time_loops(args: argparse.Namespace) -> Figures:
     loops = loops_of(setting, args.workers)
     fast, slow = args.rounds, args.slow_rounds
     if args.time != "softmax":
-        fast, slow = -(-fast // 4) if args.time == "lenet" else fast, min(slow, 1)
+        fast, slow = -(-fast // 2) if args.time == "lenet" else fast, min(slow, 1)
     seconds = take_turns(setting, loops, {name: fast if name in IN_MEMORY else slow for name in loops})
     steps = len(setting.shards.steps)
     split = split_epoch(setting)
@@ -248,34 +251,67 @@ def first_step() -> None:
 
 def cost(args: argparse.Namespace) -> Figures:
     """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
-    import train
-    from loop.config import parse
     from loop.launch import launched_rank, launched_world_size
 
-    *sides, _ = COSTS[args.cost]
+    with_it, without, *_ = COSTS[args.cost]
     pairs = args.pairs or 32
-    flags = ["--epochs", "3", "--wandb", "disabled", "--net", args.net]
-    flags += ["--cpu"] if args.device == "cpu" else []
-    flags += ["--train-examples", str(args.examples)] if args.examples else []
     seconds: list[list[float]] = [[], []]
-    with tempfile.TemporaryDirectory() as out, Path(os.devnull).open("w") as devnull:
-        for i in range(pairs + 1):
-            for side in (0, 1) if i % 2 else (1, 0):
-                folder = Path(out) / f"{i}-{side}"
-                place = ["--out", out, "--run-name", folder.name]
-                with contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
-                    train.train(parse([*flags, *sides[side], *place]))
-                if i and launched_rank() == 0:  # the first pair is a warm-up
-                    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-                    seconds[side].append(statistics.median(row["time/epoch_s"] for row in rows if "train/loss" in row))
+    for i in range(pairs + 1):
+        if args.cost == "checkpoint":
+            epoch, save = train_once(args, [])
+            found = [epoch + save, epoch]
+        elif i % 2:
+            found = [train_once(args, flags)[0] for flags in (with_it, without)]
+        else:
+            found = [train_once(args, flags)[0] for flags in (without, with_it)][::-1]
+        if i:  # the first pair is a warm-up
+            seconds[0].append(found[0])
+            seconds[1].append(found[1])
     if launched_rank() > 0:
         return {}
     ratio, low, high = interval(seconds)
-    words = " / ".join(" ".join(side) for side in sides)
+    words = " / ".join((" ".join(with_it) or "with the checkpoint", " ".join(without) or "without"))
     print(f"  {args.net}, {launched_world_size()} rank(s), {words}: {ratio:.3f} ({low:.3f} to {high:.3f}), n = {pairs}",
           flush=True)  # fmt: skip
     return {"cost": args.cost, "net": args.net, "world_size": launched_world_size(), "ratio": ratio,
             "interval": [low, high], "seconds": seconds}  # fmt: skip
+
+
+def train_once(args: argparse.Namespace, flags: Sequence[str]) -> tuple[float, float]:
+    """Train for three epochs; return the median seconds of an epoch, and of a checkpoint."""
+    from unittest import mock
+
+    import train
+    from loop.checkpoints import Checkpoints
+    from loop.config import parse
+    from loop.runlog import RunLog
+
+    epochs: list[float] = []
+    saves: list[float] = []
+    after_epoch, save = RunLog.after_epoch, Checkpoints.save
+
+    def timed_epoch(log: RunLog, epoch: Any) -> None:
+        epochs.append(epoch.seconds)
+        after_epoch(log, epoch)
+
+    def timed_save(checkpoints: Checkpoints, progress: Any) -> bool:
+        started = time.perf_counter()
+        saved = save(checkpoints, progress)
+        saves.append(time.perf_counter() - started)
+        return saved
+
+    common = ["--epochs", "3", "--wandb", "disabled", "--net", args.net, *(["--cpu"] if args.device == "cpu" else [])]
+    common += ["--train-examples", str(args.examples)] if args.examples else []
+    with (
+        tempfile.TemporaryDirectory() as out,
+        Path(os.devnull).open("w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
+        mock.patch.object(RunLog, "after_epoch", timed_epoch),
+        mock.patch.object(Checkpoints, "save", timed_save),
+    ):
+        train.train(parse([*common, *flags, "--out", out]))
+    return statistics.median(epochs), statistics.median(saves)
 
 
 def interval(seconds: Sequence[Sequence[float]]) -> tuple[float, float, float]:

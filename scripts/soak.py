@@ -113,8 +113,11 @@ def soak(flags: argparse.Namespace, train: Sequence[str], out: Path) -> list[str
     finished = 0
     with tqdm(total=flags.kills, unit="kill", dynamic_ncols=True) as bar:
         while killed.total() < flags.kills:
-            victim = kill(launch(words, log), chance.uniform(0.1, 1) * seconds, chance)
+            process = launch(words, log)
+            victim = kill(process, chance.uniform(0.1, 1) * seconds, chance)
             if victim is None:
+                if process.returncode:
+                    raise RuntimeError(f"a run that nobody killed failed:\n{log.read_text()[-2000:]}")
                 finished += 1
                 differs = compare(out / "cut", out / "whole")
                 if differs:

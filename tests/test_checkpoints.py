@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from safetensors.torch import load_file
 import train
 from loop import checkpoints, folder, runlog
 from loop.animator import Animator
-from loop.checkpoints import MANIFEST, digest, find_flaw, newest
 from loop.config import InputError, parse
+from loop.folder import open_run
+from loop.resume import MANIFEST, digest, find_flaw, newest
 from tests.cases import relative_distance, toy_split
 from tests.launches import rows_of
 from tests.ranks import World
@@ -150,6 +153,49 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(cut: Path, name: 
     assert_equal(cut, cut.parent / "whole")
 
 
+def test_checkpoints_that_are_no_good_do_not_crowd_out_new_ones(cut: Path) -> None:
+    for checkpoint in (cut / "checkpoints").iterdir():
+        (checkpoint / "model.safetensors").write_bytes(b"torn")
+    assert run_here("--run-name cut --resume auto", cut.parent, crash_at=5)[0] == -1
+    code, said = run_here("--run-name cut --resume auto", cut.parent)
+    assert code == 0
+    assert "4 steps are done" in said and "left out" not in said
+    assert_equal(cut, cut.parent / "whole")
+
+
+def test_a_checkpoint_whose_rows_are_gone_is_named_and_left_out(cut: Path) -> None:
+    rows = cut / "metrics.jsonl"
+    rows.write_bytes(rows.read_bytes()[:-1])
+    code, said = run_here("--run-name cut --resume auto", cut.parent)
+    assert code == 0
+    assert f"step-00000006: {rows} has lost rows since" in said and "5 steps are done" in said
+    assert_equal(cut, cut.parent / "whole")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"state.json": "x"}', "[]", "nothing"])
+def test_a_manifest_that_does_not_vouch_for_all_vouches_for_nothing(cut: Path, content: str) -> None:
+    checkpoint = newest(cut)
+    assert checkpoint
+    (checkpoint / MANIFEST).write_text(content)
+    assert find_flaw(checkpoint)
+    assert newest(cut) != checkpoint
+
+
+def test_a_folder_with_rows_of_nobody_is_left_alone(cut: Path) -> None:
+    (cut / "config.json").unlink()
+    before = (cut / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"has a metrics.jsonl, but no config.json"):
+        run_here("--run-name cut --resume auto", cut.parent)
+    assert (cut / "metrics.jsonl").read_bytes() == before
+
+
+def test_only_a_folder_made_for_a_run_that_cannot_begin_is_removed(cut: Path) -> None:
+    for name, remains in (("cut", True), ("new", False)):
+        run = open_run(parse(["--run-name", name, "--resume", "auto", "--out", str(cut.parent)]), 1)
+        run.discard()
+        assert (cut.parent / name).exists() == remains
+
+
 def test_another_runs_checkpoint_is_named_and_left_out(cut: Path) -> None:
     foreign = cut.parent / "whole" / "checkpoints" / "epoch-0003-step-00000010"
     shutil.copytree(foreign, cut / "checkpoints" / foreign.name)
@@ -169,7 +215,7 @@ def test_a_pickle_that_would_run_code_is_refused(cut: Path) -> None:
     torch.save(Evil(), checkpoint / "optimizer.bin")
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"optimizer.bin": digest(checkpoint / "optimizer.bin")}))
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(InputError, match=r"cannot be loaded \(.*[Ww]eights.only"):
         run_here("--run-name cut --resume auto", cut.parent)
     assert not (cut / "it ran").exists()
 
@@ -212,25 +258,59 @@ def test_a_path_begins_a_new_run_and_leaves_the_old_one_alone(cut: Path) -> None
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
 
 
-def test_a_finished_run_is_left_as_it_is(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = cut.parent / "whole"
-    before = (whole / "metrics.jsonl").read_bytes()
-    flags = [
-        *SMALL.split(),
-        "--dataset",
-        str(cut.parent),
-        "--run-name",
-        "whole",
-        "--resume",
-        "auto",
-        "--out",
-        str(cut.parent),
-    ]
-    with mock.patch("sys.argv", ["train.py", *flags]), pytest.raises(SystemExit) as end:
+def start_here(flags: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Call train.py's main, which is expected to end before it trains; return the exit code."""
+    words = f"train.py {SMALL} --dataset {out} --out {out} {flags}".split()
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(train, "train", mock.Mock(return_value="trained"))
+    with pytest.raises(SystemExit) as end:
         train.main()
-    assert not end.value.code
+    return end.value.code
+
+
+def test_a_finished_run_is_left_as_it_is(
+    cut: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = cut.parent / "whole"
+    assert not start_here("--run-name whole --resume auto", cut.parent, monkeypatch)
     assert f"{whole} is finished" in capsys.readouterr().out
-    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert start_here("--run-name whole --resume auto --epochs 3", cut.parent, monkeypatch) == "trained"
+    assert start_here("--run-name whole --resume auto --net mlp", cut.parent, monkeypatch) == 2
+    assert "net softmax -> mlp" in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_for_more_epochs(cut: Path) -> None:
+    assert run_here("--run-name three --epochs 3", cut.parent)[0] == 0
+    assert run_here("--run-name whole --epochs 3 --resume auto", cut.parent)[0] == 0
+    assert_equal(cut.parent / "whole", cut.parent / "three")
+
+
+def test_a_run_cannot_go_back(cut: Path) -> None:
+    with pytest.raises(InputError, match=r"--epochs 1: .*step-00000006 is from epoch 2"):
+        run_here("--run-name cut --resume auto --epochs 1", cut.parent)
+
+
+@pytest.mark.parametrize("check", ["", "--check"])
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("cut", "net softmax -> mlp"),
+        ("cut/checkpoints", "no checkpoint"),
+        ("copied", "no checkpoint"),
+        (".", "no chec"),
+    ],
+)
+def test_a_path_that_is_no_use_is_refused_before_anything_starts(
+    cut: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str, said: str, check: str
+) -> None:
+    newest_of_cut = newest(cut)
+    assert newest_of_cut
+    shutil.copytree(newest_of_cut, cut.parent / "copied")  # without its run's rows
+    flags = f"--net mlp --run-name new --resume {cut.parent / source} {check}"
+    assert start_here(flags, cut.parent, monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (cut.parent / "new").exists()
 
 
 def test_a_run_that_another_process_trains_is_refused(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,10 +352,33 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
     results = world(2).run(run_here, wild, tmp_path)
     assert {code for code, _ in results} == {1}
     said = results[0][1]
-    assert "train.py: the loss is nan, under --reduction sum --normalize global: try --lr 6.25e+28" in said
+    assert (
+        "train.py: the loss is nan, under --reduction sum --normalize global: start a new run with --lr 6.25e+28"
+        in said
+    )
     assert "(a sum's step is 16 times the mean's)" in said
     for checkpoint in (tmp_path / "wild" / "checkpoints").glob("epoch-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_a_test_loss_that_is_not_finite_ends_the_run_too(tmp_path: Path) -> None:
+    code, said = run_here("--net mlp --reduction sum --lr 1e30 --batch-size 70 --epochs 1 --run-name wild", tmp_path)
+    assert code == 1
+    assert "the loss is nan" in said and "--resume" not in said
+
+
+def test_a_stop_is_acted_on_at_a_checkpoint_too(tmp_path: Path) -> None:
+    def told(log: runlog.RunLog, cell: Any, *sums: Any) -> None:
+        if log.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            log.stop.thread.join(0.2)  # who notes it
+        after_cell(log, cell, *sums)
+
+    after_cell = runlog.RunLog.after_cell
+    with mock.patch.object(runlog.RunLog, "after_cell", told):
+        code, said = run_here("--log-every 1000 --run-name cut", tmp_path)
+    assert code == 143
+    assert "stopped by SIGTERM after step 4" in said and "step-00000004, is kept" in said
 
 
 @pytest.mark.parametrize("path", ["nowhere", "."])

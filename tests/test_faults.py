@@ -153,7 +153,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> N
                 ballast.write(bytes(4096))
         line, *_ = ends(ranks, within=20)
     assert "No space left on device" in line
-    assert "is kept: --resume auto goes on" in line
+    assert "is kept: --run-name run --resume auto goes on" in line
 
 
 def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(
         mount("-o", "remount,ro,bind", str(disk / "run"))  # but what is opened from here on is
         line, *_ = ends(ranks, within=20)
     assert "Read-only file system" in line
-    assert "is kept: --resume auto goes on" in line
+    assert "is kept: --run-name run --resume auto goes on" in line
 
 
 def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> None:

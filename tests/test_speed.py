@@ -6,7 +6,6 @@ import json
 import platform
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,8 +156,11 @@ def test_a_cost_is_a_ratio_with_its_interval() -> None:
     assert ratio / low == pytest.approx(high / ratio) == pytest.approx(1.1354, rel=1e-3), "t = 2.0395 at 31"
 
 
-def test_a_cost_comes_from_pairs_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    args: Namespace = bench.command_line(["--cost", "checkpoint", "--pairs", "2", "--examples", "600"])
-    figures = bench.cost(args)
+@pytest.mark.parametrize("name", ["checkpoint", "audit"])
+def test_a_cost_comes_from_pairs_of_runs(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    figures = bench.cost(bench.command_line(["--cost", name, "--pairs", "2", "--examples", "600"]))
     assert [len(side) for side in figures["seconds"]] == [2, 2]
-    assert "--checkpoint-every 50" in capsys.readouterr().out
+    assert all(seconds > 0 for side in figures["seconds"] for seconds in side)
+    assert (name == "audit") == ("--audit-every 50" in capsys.readouterr().out)
+    if name == "checkpoint":
+        assert figures["ratio"] > 1

@@ -292,6 +292,19 @@ def test_a_killed_run_goes_on_as_the_same_online_run(stub: WandbStub, tmp_path: 
     assert (arrived["complete"], arrived["exit_code"]) == (True, 0)
 
 
+def test_a_run_that_cannot_go_on_online_is_left_as_it_is(stub: WandbStub, tmp_path: Path) -> None:
+    process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="disabled")
+    run = wait_for_rows(tmp_path, 30)
+    kill(process)
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    stub.fail = lambda kind, op: 403 if op == "UpsertBucket" else None
+    done = launch(ONE, tmp_path, *GOING_ON, "--wandb", "online", **keyed(stub.url))
+    assert done.returncode == 2
+    assert "--wandb online is not to be had: " in done.stderr
+    assert before
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_killed_run_goes_on_offline_with_the_rows_that_its_first_file_lacks(stub: WandbStub, tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="offline")
     run = wait_for_rows(tmp_path, 100)

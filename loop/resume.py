@@ -1,0 +1,181 @@
+"""Which checkpoint a run goes on from, and whether it may: found, verified, compared. Imports no torch.
+
+A checkpoint is a folder, `<run>/checkpoints/epoch-0002-step-00000235`: what Accelerate's `save_state` writes (weights
+in safetensors, optimizer, scaler, random states), `state.json` (Progress, what decides the weights, the run's id) and
+`manifest.json` (the SHA-256 of every file). One that is torn, or another run's, is named and left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from loop.config import FASHION_MNIST, Config, InputError
+from loop.folder import RunFolder, identity_of, plain
+
+NAMES, MANIFEST, STATE, WEIGHTS = "epoch-*-step-*", "manifest.json", "state.json", "model.safetensors"
+# What a resumed run may change: where and how it is kept and watched, and how long and on what it trains.
+FREE = {
+    "accumulate", "epochs", "data_dir", "cpu", "out", "run_name", "group", "tags", "notes", "log_every", "audit_every",
+    "audit_fail", "wandb", "wandb_project", "wandb_entity", "check", "checkpoint_every", "resume", "ddp_timeout",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, between two steps.
+
+    epoch: the one under way, from 1. epoch_steps: how many of its steps are taken. step, examples: over the whole run.
+    rows: bytes of metrics.jsonl that belong to what was done. skipped_steps: by the fp16 scaler.
+    sums: the epoch's running (loss sum, correct, examples) of each rank.
+    """
+
+    epoch: int = 1
+    epoch_steps: int = 0
+    step: int = 0
+    examples: int = 0
+    rows: int = 0
+    skipped_steps: int = 0
+    sums: tuple[tuple[float, ...], ...] = ()
+
+    def sums_of(self, rank: int, world_size: int) -> tuple[float, ...]:
+        """Return what a rank's sums go on from: its own, or on another number of ranks all of them on rank 0."""
+        if len(self.sums) == world_size:
+            return self.sums[rank]
+        total = tuple(map(sum, zip(*self.sums, strict=True)))
+        return total if rank == 0 else (0.0,) * len(total)
+
+
+def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any]:
+    """Return what decides a run's weights. Under `rank` the ranks and the micro-batches are part of it."""
+    decisive = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in FREE}
+    decisive |= {"lr": config.learning_rate, "train_examples": examples}
+    if config.dataset != FASHION_MNIST:
+        decisive["dataset"] = Path(config.dataset).resolve()
+    if config.normalize == "rank":
+        decisive |= {"accumulate": config.accumulate, "world_size": world_size}
+    return {key: plain(value) for key, value in decisive.items()}
+
+
+def is_finished(config: Config, examples: int, world_size: int, *, quiet: bool) -> bool:
+    """Whether `--resume auto` has nothing left to train.
+
+    quiet: name no checkpoint that is left out. Raises InputError as `beginning` will.
+    """
+    if config.resume == "never":
+        return False
+    run = config.folder(world_size)
+    checkpoint = newest(run, identity_of(run), quiet=True) if config.resume == "auto" else given(config, quiet=quiet)
+    if checkpoint:
+        refuse_unfit(checkpoint, config, examples, world_size)
+    summary = run / "summary.json"
+    return config.resume == "auto" and summary.is_file() and json.loads(summary.read_text())["epoch"] >= config.epochs
+
+
+def beginning(config: Config, run: RunFolder, examples: int, world_size: int) -> Path | None:
+    """Return the checkpoint that a run goes on from, None to start anew; metrics.jsonl is cut, or copied, to its rows.
+
+    Raises InputError where `--resume` names no good checkpoint, or one that was trained by other rules.
+    """
+    if config.resume == "never":
+        return None
+    checkpoint = newest(run.path, run.identity) if config.resume == "auto" else given(config)
+    if checkpoint:
+        refuse_unfit(checkpoint, config, examples, world_size)
+    rows = progress_of(checkpoint).rows if checkpoint else 0
+    if checkpoint and config.resume != "auto":
+        with rows_beside(checkpoint).open(encoding="utf-8") as source:
+            run.rows.write(source.read(rows))
+    run.cut(rows)
+    return checkpoint
+
+
+def given(config: Config, *, quiet: bool = False) -> Path:
+    """Return the checkpoint at --resume's path: itself, or a run's newest. Raises InputError where none is good."""
+    path = Path(config.resume)
+    if (path / "checkpoints").is_dir():
+        checkpoint = newest(path, quiet=quiet)
+        if checkpoint is None:
+            raise InputError(f"--resume {path}: there is no good checkpoint in {path / 'checkpoints'}")
+        return checkpoint
+    flaw = find_flaw(path)
+    if flaw:
+        raise InputError(f"--resume {path}: {flaw}")
+    return path
+
+
+def newest(run: Path, identity: str | None = None, *, quiet: bool = False) -> Path | None:
+    """Return a run's newest good checkpoint; says on stderr which newer ones are left out, and why."""
+    for checkpoint in sorted((run / "checkpoints").glob(NAMES), reverse=True):
+        flaw = find_flaw(checkpoint, identity)
+        if flaw is None:
+            return checkpoint
+        if not quiet:
+            print(f"train.py: left out {checkpoint}: {flaw}", file=sys.stderr)
+    return None
+
+
+def find_flaw(checkpoint: Path, identity: str | None = None) -> str | None:
+    """Return in a few words why a checkpoint cannot be used, None if it is whole; identity: the run's it must be."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        torn = [name for name, its_digest in manifest.items() if digest(checkpoint / name) != its_digest]
+        torn += {STATE, WEIGHTS} - manifest.keys()
+        if torn:
+            return f"torn: {', '.join(torn)} is not what was written"
+        state, progress = state_of(checkpoint), progress_of(checkpoint)
+        if identity not in (None, state["identity"]):
+            return "another run's"
+        if rows_beside(checkpoint).stat().st_size < progress.rows:
+            return f"{rows_beside(checkpoint)} has lost rows since"
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"no checkpoint, or torn ({error})"
+    return None
+
+
+def refuse_unfit(checkpoint: Path, config: Config, examples: int, world_size: int) -> None:
+    """Raise InputError where the checkpoint was trained by other rules, saying which, or for longer."""
+    before, now = state_of(checkpoint)["mathematics"], mathematics(config, examples, world_size)
+    differences = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    if differences:
+        raise InputError(
+            f"--resume {config.resume}: {checkpoint} was trained with other mathematics ({', '.join(differences)}): "
+            "give the same flags, or start a new run by another --run-name"
+        )
+    progress = progress_of(checkpoint)
+    begun = progress.epoch - (progress.epoch_steps == 0)
+    if begun > config.epochs:
+        raise InputError(f"--epochs {config.epochs}: {checkpoint} is from epoch {begun}")
+
+
+def how_to_go_on(run: Path | None) -> str:
+    """Return in one sentence what is left of a run that failed."""
+    kept = newest(run, quiet=True) if run else None
+    if run is None or kept is None:
+        return "It has no checkpoint"
+    return f"Its last checkpoint, {kept}, is kept: --run-name {run.name} --resume auto goes on"
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint's state.json holds."""
+    return dict(json.loads((checkpoint / STATE).read_text()))
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    """Return where the run stood at a checkpoint that is whole."""
+    progress = state_of(checkpoint)["progress"]
+    return Progress(**{**progress, "sums": tuple(tuple(map(float, sums)) for sums in progress["sums"])})
+
+
+def rows_beside(checkpoint: Path) -> Path:
+    """Return the metrics.jsonl of a checkpoint's run."""
+    return checkpoint.parent.parent / "metrics.jsonl"
+
+
+def digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
