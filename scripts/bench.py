@@ -81,6 +81,12 @@ def main() -> None:
             args.json.write_text(json.dumps(measured))
         return
     figures: Figures = environment(args.device)
+
+    def keep() -> None:
+        figures["load_after"] = os.getloadavg()[0]
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
     print("{device}, {cores} cores, load {load}, {versions}".format_map(figures), flush=True)
     if "loops" in args.parts:
         figures["loops"] = []
@@ -88,6 +94,7 @@ def main() -> None:
             for net in args.nets:
                 figures["loops"].append(in_ranks(world_size, args, "--time", net))
                 print(loops_in_words(figures["loops"][-1]), flush=True)
+                keep()
     if "memory" in args.parts:
         figures["memory"] = [
             in_ranks(world_size, args, "--peak", loop) for world_size in args.world_sizes for loop in ("bare", "ours")
@@ -104,15 +111,15 @@ def main() -> None:
         figures["startup"] = startup(args)
         for command, seconds in figures["startup"].items():
             print(f"  {command:<62}{spread(seconds)}", flush=True)
+        keep()
     if "costs" in args.parts:
         print("\nratio of epoch times with and without, 95 % interval", flush=True)
         figures["costs"] = []
         for name, (_, _, net, world_size) in COSTS.items():
             flags = ("--cost", name, "--net", net, "--pairs", str(args.pairs or PAIRS.get(name, 6)))
             figures["costs"].append(in_ranks(world_size, args, *flags))
-    figures["load_after"] = os.getloadavg()[0]
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+            keep()
+    keep()
 
 
 def environment(device: str) -> Figures:
@@ -242,7 +249,7 @@ def first_step() -> None:
     from loop.runlog import RunLog
 
     def end(*_: object) -> None:
-        print("first step", time.time() - started, flush=True)
+        os.write(1, f"first step {time.time() - started}\n".encode())  # whole, beside other ranks
         os._exit(0)
 
     setattr(RunLog, "after_cell", end)  # noqa: B010  # what the type checker would not have
