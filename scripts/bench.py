@@ -1,6 +1,6 @@
 """Time this project's training loop against others, interleaved, in one run: a table, and JSON.
 
-    python -m scripts.bench --json bench.json                    everything on the CPU, in about eight minutes
+    python -m scripts.bench --json bench.json                    everything on the CPU, in a quarter of an hour
     python -m scripts.bench --parts loops --nets softmax --world-sizes 1 --rounds 30
     python -m scripts.bench --device cuda --world-sizes 1        the same on a GPU
     python -m scripts.bench --cost wandb --pairs 32              what W&B offline costs an epoch
