@@ -67,7 +67,25 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--net", choices=NETS, default="softmax", help="of --cost")
     parser.add_argument("--time", choices=NETS, help=argparse.SUPPRESS)  # measure on these ranks: the loops of a net,
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # or the memory of a loop
-    return parser.parse_args(args)
+    flags = parser.parse_args(args)
+    least = {"rounds": 1, "slow_rounds": 1, "tries": 1, "threads": 1, "examples": 256, "pairs": 2}
+    for name, smallest in least.items():
+        if getattr(flags, name) is not None and getattr(flags, name) < smallest:
+            parser.error(f"--{name.replace('_', '-')} must be at least {smallest}")
+    if min(flags.world_sizes) < 1 or min(flags.workers, default=0) < 0:
+        parser.error("--world-sizes must be at least 1, --workers at least 0")
+    if flags.json and (flags.json.is_dir() or not flags.json.absolute().parent.is_dir()):
+        parser.error(f"--json {flags.json}: not a file in a folder that there is")
+    if flags.device == "cuda":
+        import torch
+
+        from loop.launch import launched_world_size
+
+        measuring = flags.cost or flags.time or flags.peak  # on these ranks
+        ranks = launched_world_size() if measuring else max(flags.world_sizes)
+        if torch.cuda.device_count() < ranks:
+            parser.error(f"--device cuda with {ranks} rank(s): {torch.cuda.device_count()} GPU(s) here")
+    return flags
 
 
 def main() -> None:

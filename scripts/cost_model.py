@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("--gradient-mb", type=float, default=102, help="bytes to all-reduce (ResNet-50 in float32)")
     parser.add_argument("--compute-ms", type=float, default=80, help="a rank's forward and backward (assumed)")
     flags = parser.parse_args()
+    if not all(0 < assumed < math.inf for assumed in vars(flags).values()):
+        parser.error("every flag must be a finite number above 0")
     check()
     extend(flags.alpha_us / 1e6, flags.beta_gbs * 1e9, flags.gradient_mb * 1e6, flags.compute_ms / 1e3)
     sampler()

@@ -148,6 +148,23 @@ def test_the_bench_writes_what_it_measured(
     assert written["device"] and written["cores"] and written["device"] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--rounds 0", "--rounds must be at least 1"),
+        ("--pairs 1", "--pairs must be at least 2"),
+        ("--world-sizes 0", "--world-sizes must be at least 1"),
+        ("--json no/such/folder.json", "--json no/such/folder.json: not a file"),
+        ("--device cuda --world-sizes 1 99", "--device cuda with 99 rank(s): "),
+    ],
+)
+def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], flags: str, said: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        bench.command_line(flags.split())
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_cost_is_a_ratio_with_its_interval() -> None:
     assert bench.interval([[1.1, 2.2, 3.3], [1.0, 2.0, 3.0]]) == pytest.approx((1.1, 1.1, 1.1))
     ratio, low, high = bench.interval([[1.0, 2.0] * 16, [1.0, 1.0] * 16])
