@@ -37,10 +37,7 @@ class Accumulator:
     def add(self, *args: float | Tensor) -> None:
         """Add one number, or scalar tensor, to each sum."""
         for i, value in enumerate(args):
-            if isinstance(self.data[i], Tensor) and isinstance(value, Tensor):
-                self.data[i].add_(value.detach())  # in the sum's type
-            else:
-                self.data[i] += value.detach().to(widest(value.device)) if isinstance(value, Tensor) else value
+            self.data[i] += value.detach().to(widest(value.device)) if isinstance(value, Tensor) else value
 
     def reset(self) -> None:
         """Set every sum to 0."""

@@ -29,15 +29,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loop.fetch import TRAINING_EXAMPLES
+
 NETS = ("softmax", "mlp", "lenet")
 PARTS = ("loops", "memory", "startup", "costs")
 COSTS = {  # flags of train.py with what may cost, and without; on what net and how many ranks the full run measures it
-    "audit": (["--audit-every", "50"], ["--audit-every", "0"], "softmax", 1),
+    "audit": (["--audit-every", "1"], ["--audit-every", "0"], "softmax", 2),
     "checkpoint": ([], [], "mlp", 1),  # the one at an epoch's end, beside the epoch, in the same run
     "wandb": (["--wandb", "offline"], ["--wandb", "disabled"], "softmax", 1),
     "global": (["--normalize", "global"], ["--normalize", "rank"], "softmax", 2),
 }
-PAIRS = {"global": 32}  # of runs; the other costs are too large to need as many
+PAIRS = {"global": 32, "audit": 12}  # of runs, where a full run takes more than 6
 PACKAGES = ("torch", "torchvision", "accelerate", "lightning", "numpy")
 IMPORTS = ("import torch", "import torch, torchvision, accelerate")
 BENCH = [sys.executable, "-m", "scripts.bench"]
@@ -66,14 +68,18 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--net", choices=NETS, default="softmax", help="of --cost")
     parser.add_argument("--time", choices=NETS, help=argparse.SUPPRESS)  # measure on these ranks: the loops of a net,
-    parser.add_argument("--peak", help=argparse.SUPPRESS)  # or the memory of a loop
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # or the memory of a loop
     flags = parser.parse_args(args)
-    least = {"rounds": 1, "slow_rounds": 1, "tries": 1, "threads": 1, "examples": 256, "pairs": 2}
+    least = {"rounds": 1, "slow_rounds": 1, "tries": 1, "threads": 1, "examples": 256, "pairs": 5}
     for name, smallest in least.items():
         if getattr(flags, name) is not None and getattr(flags, name) < smallest:
             parser.error(f"--{name.replace('_', '-')} must be at least {smallest}")
-    if min(flags.world_sizes) < 1 or min(flags.workers, default=0) < 0:
-        parser.error("--world-sizes must be at least 1, --workers at least 0")
+    if min(flags.workers, default=0) < 0:
+        parser.error("--workers must be at least 0")
+    if min(flags.world_sizes) < 1 or any(256 % world_size for world_size in flags.world_sizes):
+        parser.error("--world-sizes must divide the batch of 256: all loops take the same")
+    if flags.examples and flags.examples > TRAINING_EXAMPLES:
+        parser.error(f"--examples {flags.examples}: there are {TRAINING_EXAMPLES}")
     if flags.json and (flags.json.is_dir() or not flags.json.absolute().parent.is_dir()):
         parser.error(f"--json {flags.json}: not a file in a folder that there is")
     if flags.device == "cuda":
@@ -81,7 +87,7 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
 
         from loop.launch import launched_world_size
 
-        measuring = flags.cost or flags.time or flags.peak  # on these ranks
+        measuring = flags.cost or flags.time or flags.memory  # on these ranks
         ranks = launched_world_size() if measuring else max(flags.world_sizes)
         if torch.cuda.device_count() < ranks:
             parser.error(f"--device cuda with {ranks} rank(s): {torch.cuda.device_count()} GPU(s) here")
@@ -93,8 +99,8 @@ def main() -> None:
     if "--first-step" in sys.argv:
         first_step()
     args = command_line()
-    if args.cost or args.time or args.peak:
-        measured = cost(args) if args.cost else time_loops(args) if args.time else peak_memory(args)
+    if args.cost or args.time or args.memory:
+        measured = cost(args) if args.cost else time_loops(args) if args.time else memory(args)
         if args.json and os.environ.get("RANK", "0") == "0":
             args.json.write_text(json.dumps(measured))
         return
@@ -115,17 +121,16 @@ def main() -> None:
                 keep()
     if "memory" in args.parts:
         figures["memory"] = [
-            in_ranks(world_size, args, "--peak", loop) for world_size in args.world_sizes for loop in ("bare", "ours")
+            in_ranks(world_size, args, "--memory", loop) for world_size in args.world_sizes for loop in ("bare", "ours")
         ]
-        print("\npeak memory of each rank, softmax")
-        for peak in figures["memory"]:
-            gpu = f", on its GPU {max(peak['gpu_mb'])} MB" if "gpu_mb" in peak else ""
+        print("\nresident memory of each rank, softmax")
+        for figure in figures["memory"]:
+            gpu = f", at most {max(figure['gpu_mb'])} MB on its GPU" if "gpu_mb" in figure else ""
             print(
-                "  {loop}, {world_size} rank(s): {mb} MB, of which before the training {mb_before}".format_map(peak)
-                + gpu
+                "  {loop}, {world_size} rank(s): {mb} MB, before the training {mb_before} MB".format_map(figure) + gpu
             )
     if "startup" in args.parts:
-        print("\nseconds from the command to the end of the first step (to the end of the import)", flush=True)
+        print("\nseconds from the command to the end of the first step, or of the import", flush=True)
         figures["startup"] = startup(args)
         for command, seconds in figures["startup"].items():
             print(f"  {command:<62}{spread(seconds)}", flush=True)
@@ -214,30 +219,32 @@ def time_loops(args: argparse.Namespace) -> Figures:
     }  # fmt: skip
 
 
-def peak_memory(args: argparse.Namespace) -> Figures:
-    """Train two epochs of a loop; return each rank's peak memory: of the process, or of the GPU."""
-    import resource
-
+def memory(args: argparse.Namespace) -> Figures:
+    """Train two epochs of a loop; return each rank's resident memory before and after, or its GPU's peak."""
+    import psutil
     import torch
     from accelerate.utils import gather_object
 
     from scripts.bench_loops import loops_of
 
+    def resident() -> list[int]:
+        return gather_object([psutil.Process().memory_info().rss // 2**20])  # type: ignore[no-any-return]
+
     setting = join(args, "softmax")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    epoch = loops_of(setting, [])[args.peak]()
+    figures = {"loop": args.memory, "world_size": setting.world_size, "mb_before": resident()}
+    epoch = loops_of(setting, [])[args.memory]()
     epoch()
     epoch()
-    figures = {"loop": args.peak, "world_size": setting.world_size, "mb_before": gather_object([before])}
     if args.device == "cuda":
         figures["gpu_mb"] = gather_object([torch.cuda.max_memory_allocated() // 2**20])
-    return figures | {"mb": gather_object([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024])}
+    return figures | {"mb": resident()}
 
 
 def startup(args: argparse.Namespace) -> dict[str, list[float]]:
     """Return how many seconds each command takes to its first step, or its import to its end, in turns."""
     bench = ["-m", "scripts.bench", "--first-step"]
-    commands = {f'python -c "{statement}"': [sys.executable, "-c", statement] for statement in IMPORTS}
+    said = "; import os, time; os.write(1, f'done {time.time()}'.encode()); os._exit(0)"  # an exit takes a second, too
+    commands = {f'python -c "{statement}"': [sys.executable, "-c", statement + said] for statement in IMPORTS}
     commands["python train.py"] = [sys.executable, *bench]
     for world_size in args.world_sizes:
         launch = f"accelerate launch --multi_gpu --num_processes {world_size}"
@@ -250,24 +257,27 @@ def startup(args: argparse.Namespace) -> dict[str, list[float]]:
         for name, command in commands.items():
             with tempfile.TemporaryDirectory() as out:
                 started = time.time()
-                flags = [str(started), "--out", out, *(["--cpu"] if args.device == "cpu" else [])]
+                flags = ["--out", out, *(["--cpu"] if args.device == "cpu" else [])]
                 flags = flags if "--first-step" in command else []
                 done = subprocess.run([*command, *flags], env=environ, capture_output=True, text=True, check=True)
-                ended = time.time() - started
-            steps = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("first step")]
-            seconds[name].append(max(steps, default=ended))
+            times = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("done")]
+            seconds[name].append(max(times) - started)
     return seconds
 
 
 def first_step() -> None:
-    """Be train.py, and end after the first step with the seconds since the time that follows `--first-step`."""
-    at = sys.argv.index("--first-step")
-    started, sys.argv[1:] = float(sys.argv[at + 1]), sys.argv[at + 2 :]
+    """Be train.py with the flags that follow `--first-step`, and end after the first step, saying when that was."""
+    sys.argv[1:] = sys.argv[sys.argv.index("--first-step") + 1 :]
     import train
     from loop.runlog import RunLog
 
-    def end(*_: object) -> None:
-        os.write(1, f"first step {time.time() - started}\n".encode())  # whole, beside other ranks
+    def end(log: RunLog, *_: object) -> None:
+        log.accelerator.wait_for_everyone()
+        if log.accelerator.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        os.write(1, f"done {time.time()}\n".encode())  # whole, beside other ranks
         os._exit(0)
 
     setattr(RunLog, "after_cell", end)  # noqa: B010  # what the type checker would not have
@@ -276,8 +286,11 @@ def first_step() -> None:
 
 def cost(args: argparse.Namespace) -> Figures:
     """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
-    from loop.launch import launched_rank, launched_world_size
+    from loop.config import Config
+    from loop.fetch import provide
+    from loop.launch import launched_local_rank, launched_rank, launched_world_size
 
+    provide(Config(), fetching=launched_local_rank() == 0)
     with_it, without, *_ = COSTS[args.cost]
     pairs = args.pairs or 32
     seconds: list[list[float]] = [[], []]
@@ -335,7 +348,8 @@ def train_once(args: argparse.Namespace, flags: Sequence[str]) -> tuple[float, f
         mock.patch.object(RunLog, "after_epoch", timed_epoch),
         mock.patch.object(Checkpoints, "save", timed_save),
     ):
-        train.train(parse([*common, *flags, "--out", out]))
+        if train.train(parse([*common, *flags, "--out", out])):
+            raise RuntimeError(f"a run with {' '.join(flags) or 'no flags'} failed")
     return statistics.median(epochs), statistics.median(saves)
 
 
@@ -358,7 +372,7 @@ def loops_in_words(figures: Figures) -> str:
         lines.append(f"  {name:<30}{spread(times):>48}{statistics.median(times) / reference:>10.2f}")
     split = figures["split_us"]
     parts = ", ".join(f"{part} {micros:.0f}" for part, micros in split.items())
-    return "\n".join([*lines, f"  a step of ours under the profiler, µs: {parts}"])
+    return "\n".join([*lines, f"  a step of ours, on the host, under the profiler, µs: {parts}"])
 
 
 def spread(times: Sequence[float]) -> str:

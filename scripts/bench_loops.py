@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -114,6 +115,7 @@ def bare(setting: Setting) -> Epoch:
     def epoch() -> None:
         total = 0.0
         order = torch.randperm(len(labels), device=setting.device)
+        order = order[: len(order) // setting.world_size * setting.world_size]  # else ranks wait for each other
         for j in order[setting.rank :: setting.world_size].split(setting.share):
             l = loss(net(images[j].float().div_(255)), labels[j])
             optimizer.zero_grad()
@@ -226,19 +228,21 @@ def loops_of(setting: Setting, workers: Iterable[int]) -> dict[str, Callable[[],
 def take_turns(
     setting: Setting, loops: dict[str, Callable[[], Epoch]], rounds: dict[str, int]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each loop's epochs; the order turns with every round.
+    """Return the seconds of each loop's epochs, in an order that is drawn anew for every round.
 
-    A loop in memory takes one epoch before, which does not count: what is slow at first shows there, and nowhere else.
+    A loop in memory takes one epoch before, which does not count: what is slow at first shows there. On a GPU all do.
     """
+    order = random.Random(0)
     epochs = {name: make() for name, make in loops.items()}
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
-    total = sum(rounds[name] + (name in IN_MEMORY) for name in names)
+    warmed = set(names if setting.device.type == "cuda" else IN_MEMORY)
+    total = sum(rounds[name] + (name in warmed) for name in names)
     title = f"{setting.config.net}, {setting.world_size} rank(s)"
     with tqdm(total=total, desc=title, unit="epoch", disable=setting.rank > 0, leave=False) as bar:
         for round_ in range(max(rounds.values()) + 1):
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                if round_ > rounds[name] or not (round_ or name in IN_MEMORY):
+            for name in order.sample(names, len(names)):
+                if round_ > rounds[name] or not (round_ or name in warmed):
                     continue
                 setting.wait()
                 started = time.perf_counter()

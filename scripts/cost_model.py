@@ -25,7 +25,7 @@ from scripts.cost_ranks import BATCH, EXAMPLES, NETS, measure, seconds
 from scripts.explain import effect
 
 LOG_EVERY = 50
-CORES = len(os.sched_getaffinity(0))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGENET = 1_281_167
 TAILS: tuple[Tail, ...] = ("ragged", "spread")
 

@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
     assert title == "The loss is not finite"
     assert "--reduction mean, lr 1e+30" in text
     assert done.returncode == 1
-    assert "try a smaller --lr than 1e+30" in done.stderr
+    assert "start a new run with a smaller --lr than 1e+30" in done.stderr
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------
