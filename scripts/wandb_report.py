@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
+import threading
 
 import wandb
 from pydantic import ValidationError
@@ -49,6 +51,11 @@ READING = (
     "line is the mean of a group's runs, its band reaches from the least to the greatest of them. The x axis counts "
     "`examples`, on which any number of ranks agrees."
 )
+
+# A server that says nothing for so long is given up; longer where its time-out has been raised.
+HTTP_TIMEOUT = os.environ.get("WANDB_HTTP_TIMEOUT", "")
+GIVE_UP_S = max(25, 3 * int(HTTP_TIMEOUT) if HTTP_TIMEOUT.isdecimal() else 0)
+told = threading.Event()  # the user, of a failure
 
 
 def make_report(entity: str, project: str, group: str | None, *, offline: bool) -> wr.Report:
@@ -226,9 +233,21 @@ def main() -> None:
         else:
             print(publish(args.entity, args.project, args.group))
     except InputError as error:
+        told.set()
         print(f"wandb_report: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
+def give_up() -> None:
+    """End the process; W&B's own time-outs, those of its exit among them, have added up to more than a minute."""
+    if not told.is_set():
+        print(f"wandb_report: error: W&B did not answer within {GIVE_UP_S} s", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 if __name__ == "__main__":
+    watch = threading.Timer(GIVE_UP_S, give_up)
+    watch.daemon = True
+    watch.start()
     main()
+    watch.cancel()
