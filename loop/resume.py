@@ -69,9 +69,7 @@ def is_finished(config: Config, examples: int, world_size: int, *, quiet: bool) 
     if config.resume == "never":
         return False
     run = config.folder(world_size)
-    checkpoint = newest(run, identity_of(run), quiet=True) if config.resume == "auto" else given(config, quiet=quiet)
-    if checkpoint:
-        refuse_unfit(checkpoint, config, examples, world_size)
+    _choose(config, run, identity_of(run), examples, world_size, quiet=quiet or config.resume == "auto")
     summary = run / "summary.json"
     return config.resume == "auto" and summary.is_file() and json.loads(summary.read_text())["epoch"] >= config.epochs
 
@@ -83,14 +81,22 @@ def beginning(config: Config, run: RunFolder, examples: int, world_size: int) ->
     """
     if config.resume == "never":
         return None
-    checkpoint = newest(run.path, run.identity) if config.resume == "auto" else given(config)
-    if checkpoint:
-        refuse_unfit(checkpoint, config, examples, world_size)
+    checkpoint = _choose(config, run.path, run.identity, examples, world_size)
     rows = progress_of(checkpoint).rows if checkpoint else 0
     if checkpoint and config.resume != "auto":
         with rows_beside(checkpoint).open(encoding="utf-8") as source:
             run.rows.write(source.read(rows))
     run.cut(rows)
+    return checkpoint
+
+
+def _choose(
+    config: Config, run: Path, identity: str | None, examples: int, world_size: int, *, quiet: bool = False
+) -> Path | None:
+    auto = config.resume == "auto"
+    checkpoint = newest(run, identity, quiet=quiet) if auto else given(config, quiet=quiet)
+    if checkpoint:
+        refuse_unfit(checkpoint, config, examples, world_size)
     return checkpoint
 
 

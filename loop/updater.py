@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.book import sgd
 from loop.config import Config
-from loop.reduction import cell_loss, cell_scale, sgd_batch_size
+from loop.reduction import cell_scale, sgd_batch_size
 from loop.shards import Cell
 
 
@@ -49,17 +49,6 @@ class CellUpdater:
     def backward(self, l: Tensor) -> None:
         """Back-propagate the cell's loss; DDP's all-reduce divides by W. l: one loss an example."""
         step, config = self.cell.step, self.config
-        if isinstance(self.optimizer, AcceleratedOptimizer):  # its backward divides by K, and scales fp16's loss
-            scaled = cell_loss(
-                l,
-                n_global=step.n_global,
-                averaged_over=len(step.sizes),
-                reduction=config.reduction,
-                normalize=config.normalize,
-            )
-            self.accelerator.backward(scaled)
-            return
-        # The gradient of `cell_loss(...) / K`, one number for every loss, handed in: no graph is built above l.
         scale = cell_scale(
             config.reduction,
             config.normalize,
@@ -67,7 +56,10 @@ class CellUpdater:
             n_global=step.n_global,
             averaged_over=len(step.sizes),
         )
-        l.backward(torch.full_like(l, float(scale / config.accumulate)))
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # its backward divides by K, and scales fp16's loss
+            self.accelerator.backward(l.sum() * scale)  # `cell_loss`
+        else:  # its gradient / K, one number for every loss, handed in: no graph is built above l
+            l.backward(torch.full_like(l, float(scale / config.accumulate)))
 
     def step(self, batch_size: int) -> None:
         """Take the optimiser's step after the step's last cell. batch_size: examples in this rank's last cell."""
