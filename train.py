@@ -27,7 +27,9 @@ from loop.launch import (
     launched_local_rank,
     launched_rank,
     launched_world_size,
+    leave_ranks_at_exit,
     make_accelerator,
+    prepare_net,
 )
 from loop.resume import beginning, how_to_go_on, is_finished
 from loop.stopping import RunEnded, StopSignal
@@ -103,7 +105,7 @@ def _train(config: Config, stop: StopSignal) -> int:
     main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     shards = config.shards(len(train_split.labels), world_size)
-    exit_code, folder = 1, None
+    exit_code, together, folder = 1, False, None
 
     def give_up(code: int) -> None:
         if main:
@@ -127,7 +129,7 @@ def _train(config: Config, stop: StopSignal) -> int:
                 animator = Animator("epoch", xlim=xlim, legend=CURVES, path=folder / "curves.png")
 
             torch.manual_seed(config.seed)
-            net = accelerator.prepare(make_net(config.net).to(dtype))
+            net = prepare_net(accelerator, make_net(config.net).to(dtype))
             loss, metric = nn.CrossEntropyLoss(reduction="none"), Accumulator(3)
             updater = make_updater(accelerator, net, config)
             checkpoints = Checkpoints(accelerator, updater, metric, config, shards.examples, folder, identity)
@@ -156,9 +158,9 @@ def _train(config: Config, stop: StopSignal) -> int:
                     save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
                 write_json(folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
                 print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
-            exit_code = 0
+            exit_code, together = 0, True
         except RunEnded as ended:
-            exit_code = ended.exit_code
+            exit_code, together = ended.exit_code, True
             log.close()
             if main:
                 then = f" {how_to_go_on(folder)}" if ended.goes_on else ""
@@ -175,6 +177,7 @@ def _train(config: Config, stop: StopSignal) -> int:
         finally:
             stop.handled.set()
             finish(accelerator, exit_code)
+            leave_ranks_at_exit(together=together)
     return exit_code
 
 

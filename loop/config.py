@@ -9,9 +9,9 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
@@ -24,8 +24,17 @@ FLOAT32 = 1e38  # what a float32 holds, about
 FASHION_MNIST = "fashion-mnist"
 
 
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
 class InputError(ValueError):
     """Something the user can mend: a flag, a file. Ends the program with its text alone, no traceback."""
+
+
+def launched_precision() -> MixedPrecision:
+    """Return the mixed precision that `accelerate launch` was told to use; "no" without a launcher, or one of these."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    return next((precision for precision in get_args(MixedPrecision) if precision == told), "no")
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,10 @@ class Config:
     """Seed of the initial weights and of the order of examples."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of weights and arithmetic."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast the forward pass (fp16 needs a GPU)."""
+    mixed_precision: MixedPrecision = field(default_factory=launched_precision)
+    """Autocast the forward pass (fp16 needs a GPU). Default: as `accelerate launch` was told, or no."""
+    tf32: bool = False
+    """Let float32 products be taken in TF32, on GPUs that have it: faster, with a relative error of about 1e-3."""
     cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     out: Path = Path("runs")
@@ -231,6 +242,7 @@ class Config:
             self.dtype == "float64" and self.mixed_precision != "no",
             f"--dtype float64 with --mixed-precision {self.mixed_precision}: autocast leaves float64 as it is",
         )
+        _refuse(self.dtype == "float64" and self.tf32, "--tf32 is for --dtype float32")
         _refuse(
             self.cpu and self.mixed_precision == "fp16",
             "--mixed-precision fp16 needs a GPU (on a CPU it would silently train in float32): use bf16, or no --cpu",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import platform
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from loop.config import Config, InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
+    from torch import nn
 
 # Set by torchrun and `accelerate launch`; by Open MPI, MPICH and Intel MPI, MVAPICH; by srun for the tasks of a step.
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -20,6 +23,18 @@ RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLUR
 LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 LOCAL_WORLD_SIZE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
+# Set by `accelerate launch` as `accelerate config` was answered, for what is more than plain data parallelism.
+OTHER_PARALLELISM = {
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+OFF = ("", "no", "false", "0")
+HOW_TO_CONFIGURE = (
+    "launch with --config_file accelerate_config.yaml, or run `accelerate config` again and answer no to all of these"
+)
 HOW_TO_LAUNCH = (
     "use scripts/train.sh, `torchrun --nproc_per_node N train.py`, "
     "or `accelerate launch --multi_gpu --num_processes N train.py`, on CPUs too"
@@ -57,10 +72,13 @@ def count_gpus(config: Config) -> int:
 def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
     """Join the ranks and return their Accelerator.
 
-    Raises InputError where the launcher's processes would each train alone or cannot be joined, and as `count_gpus`.
+    Raises InputError where the launcher asks for more than plain data parallelism, where its processes would each train
+    alone or cannot be joined, and as `count_gpus`.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
+    _refuse_other_parallelism(config)
     if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise InputError(
             "`accelerate launch` seems to have been asked for several processes and started one, as it does with --cpu "
@@ -70,7 +88,8 @@ def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelera
         accelerator = Accelerator(
             cpu=count_gpus(config) == 0,
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulate,
+            # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override the plain number
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
             log_with=trackers,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
         )
@@ -79,12 +98,55 @@ def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelera
     except RuntimeError as error:  # torch's DistError among them
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(f"the ranks cannot join each other at {where}: {str(error).splitlines()[0]}") from None
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise InputError(
+            f"Accelerate was set up for {kind.value}, and this is plain data parallelism: {HOW_TO_CONFIGURE}"
+        )
     if accelerator.num_processes != launched_world_size():
         raise InputError(
             f"the launcher started {launched_world_size()} processes, but they do not see each other: each would train "
             f"alone, as one of {accelerator.num_processes}: {HOW_TO_LAUNCH}"
         )
+    set_float32_precision(tf32=config.tf32)
     return accelerator
+
+
+def leave_ranks_at_exit(*, together: bool) -> None:
+    """Have the process group destroyed when the process ends, not before: the next run may use it.
+
+    together: whether all ranks end. NCCL would wait for those that do not.
+    """
+    if together:
+        atexit.register(_leave_ranks)
+    else:
+        atexit.unregister(_leave_ranks)
+
+
+def _leave_ranks() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def prepare_net(accelerator: Accelerator, net: nn.Module) -> nn.Module:
+    """Return the net on the run's device, under DDP where there are several ranks; raises InputError if it is not."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    prepared: nn.Module = accelerator.prepare(net)
+    if accelerator.num_processes > 1 and not isinstance(prepared, DistributedDataParallel):
+        raise InputError(
+            f"Accelerate put the net into {type(prepared).__name__}, not DistributedDataParallel: {HOW_TO_CONFIGURE}"
+        )
+    return prepared
+
+
+def set_float32_precision(*, tf32: bool) -> None:
+    """Have GPUs multiply float32 numbers as such, or in TF32. torch's own default is TF32 in cuDNN, thus in LeNet."""
+    import torch
+
+    torch.backends.cudnn.fp32_precision = "tf32" if tf32 else "ieee"  # cuBLAS included
 
 
 def keep_freed_memory() -> None:
@@ -96,6 +158,24 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: only larger blocks, it allows no more, are the kernel's own
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def _refuse_other_parallelism(config: Config) -> None:
+    """Raise InputError where `accelerate launch` asks for more than this loop does; warn of what has no effect."""
+    for name, what in OTHER_PARALLELISM.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in OFF:
+            raise InputError(f"{name}={value} asks for {what}, and this is plain data parallelism: {HOW_TO_CONFIGURE}")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision.lower() == "fp8" and config.mixed_precision == "no":
+        raise InputError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: use --mixed-precision bf16 or fp16")
+    accumulate = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    if accumulate not in ("", str(config.accumulate)) and launched_local_rank() == 0:
+        print(
+            f"train.py: warning: ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulate} has no effect: micro-batches are "
+            f"--accumulate {config.accumulate}",
+            file=sys.stderr,
+        )
 
 
 def _from_environment(names: tuple[str, ...], default: int) -> int:
