@@ -202,7 +202,7 @@ class _SumsOverRanks:
     def __init__(self, total: Tensor, n: float, params: list[nn.Parameter]) -> None:
         own = _flat(params)
         first = own if not _several() or dist.get_rank() == 0 else torch.zeros_like(own)
-        self.bundle = torch.cat([total, first, total.new_tensor([n])])
+        self.bundle = torch.cat([total, first, total.new_full((1,), n)])
         self.work = dist.all_reduce(self.bundle, async_op=True) if _several() else None
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loop.animator import Animator
+from loop.reduction import global_count
 
 Net = nn.Module | Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -43,12 +43,15 @@ class Accumulator:
         """Set every sum to 0."""
         self.data = [0.0] * len(self.data)
 
-    def all_reduce(self) -> None:
-        """Replace each sum by its sum over all ranks: one collective, in which every rank must take part."""
-        device = next((value.device for value in self.data if isinstance(value, Tensor)), torch.device("cpu"))
-        sums = torch.stack([torch.as_tensor(value, dtype=widest(device), device=device) for value in self.data])
-        dist.all_reduce(sums)
-        self.data = list(sums)
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace each sum by its sum over all ranks: one collective, in which every rank must take part.
+
+        device: the net's. It cannot be told from the sums: those of no batch are plain zeros.
+        """
+        sums = [
+            v if isinstance(v, Tensor) else torch.full((), v, dtype=widest(device), device=device) for v in self.data
+        ]
+        self.data = list(global_count(torch.stack(sums), device))
 
     def __getitem__(self, i: int) -> float:
         return float(self.data[i])
@@ -150,7 +153,7 @@ def train_epoch_ch3(
         if after_cell:
             after_cell(*cell, *sums)
     if isinstance(net, DistributedDataParallel):
-        metric.all_reduce()
+        metric.all_reduce(next(net.parameters()).device)
     return metric[0] / metric[2], metric[1] / metric[2]
 
 
@@ -168,7 +171,7 @@ def evaluate(net: Net, data_iter: Batches, loss: Loss | None = None) -> tuple[fl
             y_hat = module(X)
             metric.add(_loss_sum(loss(y_hat, y), y) if loss else 0.0, accuracy(y_hat, y), y.numel())
     if isinstance(net, DistributedDataParallel):
-        metric.all_reduce()
+        metric.all_reduce(next(net.parameters()).device)
     return metric[0] / metric[2], metric[1] / metric[2]
 
 

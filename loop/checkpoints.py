@@ -109,7 +109,8 @@ class Checkpoints:
         Raises InputError where its files are whole, but not what is expected in them.
         """
         try:
-            self.accelerator.load_state(str(checkpoint))
+            # From the CPU: Adam keeps its step counts where they are loaded, and would wait for a GPU's at every step.
+            self.accelerator.load_state(str(checkpoint), map_location="cpu")
             if self.replicas_differ:
                 self.module.load_state_dict(load_file(self._replica(checkpoint)))
         except Exception as error:

@@ -76,15 +76,27 @@ def cell_loss(
 def global_count(local: Count, device: torch.device | str) -> torch.Tensor:
     """Sum a count over all ranks: the one tiny all-reduce a step needs when no sampler knows n.
 
-    local: this rank's examples, tokens or summed weights over *all* micro-batches of the step. Every rank must call.
-    Returns a scalar tensor on `device`, float64 (float32 on MPS, which has no wider type), without a host sync.
+    local: this rank's examples, tokens or summed weights over *all* micro-batches of the step, or a tensor of several
+    such counts, summed one by one. Every rank must call.
+    device: the net's. A group that NCCL serves sums tensors on GPUs only.
+    Returns a tensor on `device` in local's shape, of float64 (float32 on MPS, which has no wider type), without a wait
+    for the device if local is a number or on that device already.
+
+    Raises ValueError where the process group does not serve the device.
     """
     import torch
     import torch.distributed as dist
 
-    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    total = torch.as_tensor(local).detach().to(device, dtype, copy=True)
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if isinstance(local, torch.Tensor):
+        total = local.detach().to(device, dtype, copy=True)
+    else:
+        total = torch.full((), local, dtype=dtype, device=device)  # as_tensor(local) would wait for a GPU
     if dist.is_available() and dist.is_initialized():
+        backends = dist.get_backend_config()  # such as "cuda:nccl"
+        if f"{device.type}:" not in backends:
+            raise ValueError(f"cannot sum over ranks on {device}: the process group serves {backends} only")
         dist.all_reduce(total)
     return total
 

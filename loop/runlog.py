@@ -111,8 +111,7 @@ class RunLog:
         stops, row = 0.0, self._numbered({})
         if self.due:
             self.sums.add(0, 0, 0, self.stop.signum != 0)
-            if self.accelerator.num_processes > 1:
-                self.sums.all_reduce()
+            self.sums.all_reduce(self.accelerator.device)
             loss, acc, stops = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2], self.sums[3]
             self.sums.reset()
             self._show(loss, acc, (self.bar.format_dict["rate"] or 0.0) * self.config.batch_size)
@@ -162,8 +161,7 @@ class RunLog:
             self._check_loss(math.nan)
         stops = Accumulator(1)
         stops.add(self.stop.signum != 0)
-        if self.accelerator.num_processes > 1:
-            stops.all_reduce()
+        stops.all_reduce(self.accelerator.device)
         if stops[0]:
             raise Stopped(self.stop)
 

@@ -48,7 +48,8 @@ class NextByte(nn.Module):
 def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Batch], way: Way) -> None:
     """Take one optimiser step. micro_batches: this rank's, as many on every rank, some perhaps without a token."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    n_global = global_count(sum((y != IGNORED).sum() for _, y in micro_batches), "cpu")
+    device = next(net.parameters()).device
+    n_global = global_count(sum((y != IGNORED).sum() for _, y in micro_batches), device)
     optimizer.zero_grad()
     for k, (x, y) in enumerate(micro_batches, start=1):
         with net.no_sync() if isinstance(net, DistributedDataParallel) and k < len(micro_batches) else nullcontext():
