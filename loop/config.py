@@ -122,8 +122,15 @@ class Config:
             return self.lr
         return DEFAULT_SGD_LR[self.net] if self.optimizer == "sgd" else DEFAULT_ADAM_LR
 
+    @property
+    def steps_by_lr(self) -> bool:
+        """Whether a step's length is the learning rate times the gradient's: not under Adam, AdamW or clipping."""
+        return self.optimizer == "sgd" and self.clip_norm is None
+
     def effective_lr(self, sizes: Sequence[int], world_size: int) -> float:
         """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
+
+        Meaningful where `steps_by_lr` holds.
 
         sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank. Where the scratch updater's
         ranks differ, it is rank 0's.

@@ -55,8 +55,9 @@ def last_batch(config: Config, shards: Shards) -> str:
         weighed += f" in the smallest cell ({smallest}) and {heavy:.4g}/n in the largest ({largest})"
     elif shards.cells > 1:
         weighed += " in every cell"
-    text = f"An epoch's last step took {n} example(s) {dealt}: {weighed}, "
-    text += f"effective learning rate {config.effective_lr(sizes, ranks):.4g} (--lr {config.learning_rate:g})"
+    text = f"An epoch's last step took {n} example(s) {dealt}: {weighed}"
+    if config.steps_by_lr:
+        text += f", effective learning rate {config.effective_lr(sizes, ranks):.4g} (--lr {config.learning_rate:g})"
     if len(set(divisors)) > 1:
         text += f"; so on rank 0, but the ranks divided by {sizes_in_words(divisors)}, and drifted apart"
     if census.duplicated:

@@ -57,6 +57,7 @@ class RunLog:
         self.accelerator, self.config, self.shards, self.net = accelerator, config, shards, net
         self.audit, self.checkpoints, self.stop, self.animator = audit, checkpoints, stop, animator
         self.epoch, self.epoch_steps, self.step, self.examples = 1, 0, 0, 0
+        self.examples_before = 0  # those of the epoch under way came after these, or were trained before a resume
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
         self.bar = tqdm(
@@ -70,6 +71,7 @@ class RunLog:
         """Stand where a checkpoint was saved; rows: the run's so far, on the main process."""
         self.epoch, self.epoch_steps = progress.epoch, progress.epoch_steps
         self.step, self.examples = progress.step, progress.examples
+        self.examples_before = self.examples
         self.bar.update(self.step)
         for row in rows:
             if "train/loss" in row:
@@ -120,8 +122,9 @@ class RunLog:
             "step/n_global": sum(sizes),
             "step/n_min": min(sizes),
             "step/n_max": max(sizes),
-            "step/lr_effective": self.config.effective_lr(sizes, self.shards.world_size),
         }
+        if self.config.steps_by_lr:
+            row["step/lr_effective"] = self.config.effective_lr(sizes, self.shards.world_size)
         if self.audited:
             self.unread.append(row)
         if self.due or self.config.audit_fail is not None:
@@ -137,9 +140,12 @@ class RunLog:
         """Raise NotFinite for a loss that is not, with what to try."""
         if math.isfinite(loss):
             return
-        config, n = self.config, self.shards.batch_size
-        if config.intended == "sum":
-            remedy = f"--lr {config.learning_rate / n:.3g} (a sum's step is {n} times the mean's), or --reduction mean"
+        config, times = self.config, float(self.shards.batch_size)
+        if config.normalize == "rank":
+            times /= self.shards.cells
+        if config.intended == "sum" and config.steps_by_lr:
+            lr = f"{config.learning_rate / times:.3g}"
+            remedy = f"--lr {lr} (a sum's step is {times:g} times the mean's), or --reduction mean"
         else:
             remedy = f"a smaller --lr than {config.learning_rate:g}"
         raise NotFinite(
@@ -192,14 +198,14 @@ class RunLog:
                 "data/missing": census.missing,
                 "audit/replica_drift": replica_drift(self.net),
                 "time/epoch_s": epoch.seconds,
-                "time/examples_per_s": (census.seen + census.duplicated) / epoch.seconds,
+                "time/examples_per_s": (self.examples - self.examples_before) / epoch.seconds,
             }
         )
         self._log(row)
         self._show(epoch.train_loss, epoch.train_acc, row["time/examples_per_s"])
         self._show_epoch(row)
         self._check_loss(epoch.train_loss + epoch.test_loss)
-        self.epoch, self.epoch_steps = self.epoch + 1, 0
+        self.epoch, self.epoch_steps, self.examples_before = self.epoch + 1, 0, self.examples
         self._save()
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:

@@ -361,6 +361,45 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ("--reduction sum", "--lr 6.25e+28 (a sum's step is 16 times the mean's), or --reduction mean"),
+        ("--reduction sum --normalize rank --accumulate 2", "--lr 1.25e+29 (a sum's step is 8 times the mean's), or"),
+        ("--reduction mean", "a smaller --lr than 1e+30"),
+        ("--reduction sum --clip-norm 1", "a smaller --lr than 1e+30"),
+        ("--reduction sum --optimizer adam", "a smaller --lr than 1e+30"),
+    ],
+)
+def test_the_advice_divides_the_learning_rate_where_that_scales_the_step(
+    tmp_path: Path, flags: str, advice: str
+) -> None:
+    code, said = run_here(f"--net mlp --lr 1e30 --log-every 1 --run-name wild {flags}", tmp_path)
+    assert code == 1
+    assert f": start a new run with {advice}" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "logged"), [("", True), ("--momentum 0.9", True), ("--optimizer adam", False), ("--clip-norm 1", False)]
+)
+def test_an_effective_learning_rate_is_logged_where_it_scales_the_step(
+    tmp_path: Path, flags: str, logged: bool
+) -> None:
+    code, said = run_here(f"--run-name run {flags}", tmp_path)
+    assert code == 0
+    assert ("effective learning rate" in said) is logged
+    for row in rows_of(tmp_path / "run"):
+        assert ("step/lr_effective" in row) is (logged and "step/loss" in row)
+
+
+def test_the_speed_of_a_resumed_epoch_counts_what_was_trained_since(tmp_path: Path) -> None:
+    run_here("--run-name cut", tmp_path, crash_at=9)
+    run_here("--run-name cut --resume auto", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["time/examples_per_s"] * row["time/epoch_s"] for row in rows if "time/epoch_s" in row]
+    assert trained == pytest.approx([70, 16 + 6]), "an epoch, and the steps after the checkpoint at step 8"
+
+
 def test_a_test_loss_that_is_not_finite_ends_the_run_too(tmp_path: Path) -> None:
     code, said = run_here("--net mlp --reduction sum --lr 1e30 --batch-size 70 --epochs 1 --run-name wild", tmp_path)
     assert code == 1
