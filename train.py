@@ -20,19 +20,10 @@ import sys
 from typing import Any
 
 from loop.config import Config, InputError, parse
-from loop.fetch import provide
-from loop.launch import (
-    count_gpus,
-    keep_freed_memory,
-    launched_local_rank,
-    launched_rank,
-    launched_world_size,
-    leave_ranks_at_exit,
-    make_accelerator,
-    prepare_net,
-)
-from loop.resume import beginning, how_to_go_on, is_finished
-from loop.stopping import RunEnded, StopSignal
+from loop.run.fetch import provide
+from loop.run.launch import count_gpus, launched_local_rank, launched_world_size
+from loop.run.resume import is_finished
+from loop.run.run import Run
 
 
 def main() -> None:
@@ -63,7 +54,7 @@ def check(config: Config) -> None:
     if config.mixed_precision == "fp16":
         count_gpus(config)
     if config.wandb == "online":
-        from loop.wandb_tracker import choose_mode
+        from loop.run.wandb_tracker import choose_mode
 
         choose_mode(config)
 
@@ -73,112 +64,47 @@ def train(config: Config) -> int:
 
     May be called again in the same process, whose group of ranks it leaves standing.
     """
-    with StopSignal() as stop:  # before torch, whose import takes seconds
-        return _train(config, stop)
+    with Run(config) as run:
+        fit(config, run)
+    return run.exit_code
 
 
-def _train(config: Config, stop: StopSignal) -> int:
+def fit(config: Config, run: Run) -> None:
+    """Train: the book's loop, with the net, the data and the updater of this rank."""
     import torch
-    from accelerate.utils import broadcast_object_list
-    from safetensors.torch import save_file
     from torch import nn
 
-    from loop import console
-    from loop.animator import Animator
-    from loop.audit import Audit
-    from loop.book import CURVES, Accumulator, train_ch3
-    from loop.checkpoints import Checkpoints, failing_as_os_error
+    from loop.book import train_ch3
     from loop.data import EvalBatches, TrainBatches, load
-    from loop.folder import open_run, write_json
-    from loop.heartbeat import Heartbeat, is_lost_peer
     from loop.nets import make_net
-    from loop.runlog import RunLog
-    from loop.tracking import JsonlTracker, describe, finish
-    from loop.updater import make_updater, settle_buckets
-    from loop.wandb_tracker import make_tracker
+    from loop.run.checkpoints import Checkpoints
+    from loop.run.recorder import Recorder
+    from loop.updater import Audited, make_updater
 
-    train_split, test_split = load(config)
-    jsonl = JsonlTracker()
-    keep_freed_memory()
-    trackers = [jsonl, *(make_tracker(config, jsonl) if launched_rank() == 0 else [])]
-    accelerator = make_accelerator(config, trackers)
-    main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    device, dtype = accelerator.device, getattr(torch, config.dtype)
-    shards = config.shards(len(train_split.labels), world_size)
-    exit_code, together, folder = 1, False, None
+    train_set, test_set = load(config, run.device)
+    run.open(len(train_set.labels))
 
-    def give_up(code: int) -> None:
-        if main:
-            print(f"train.py: stopped before a step row or a checkpoint. {how_to_go_on(folder)}", file=sys.stderr)
-        finish(accelerator, code, sparing=jsonl)  # which still gets the rows that a last checkpoint counts
+    torch.manual_seed(config.seed)
+    net = run.prepare(make_net(config.net))
+    loss = nn.CrossEntropyLoss(reduction="none")
+    updater: Any = make_updater(run.accelerator, net, config, run.progress)
+    if config.audit_every:
+        updater = Audited(updater, loss)
 
-    stop.last_resort = give_up
-    with Heartbeat(rank, world_size) as heartbeat:
-        try:
-            begun: list[Any] = [None, None, None]
-            if main:
-                jsonl.run = open_run(config, world_size)
-                checkpoint = beginning(config, jsonl.run, shards.examples, world_size)
-                begun = [jsonl.run.path, jsonl.run.identity, checkpoint]
-            folder, identity, checkpoint = broadcast_object_list(begun)
-            accelerator.init_trackers("", describe(config, shards, accelerator, identity))
-            animator = None
-            if main:
-                print(console.opening(config, shards, device.type, folder), flush=True)
-                xlim = (1, max(config.epochs, 2))
-                animator = Animator("epoch", xlim=xlim, legend=CURVES, path=folder / "curves.png")
-
-            torch.manual_seed(config.seed)
-            net = prepare_net(accelerator, make_net(config.net).to(dtype))
-            loss, metric = nn.CrossEntropyLoss(reduction="none"), Accumulator(3)
-            updater = make_updater(accelerator, net, config)
-            checkpoints = Checkpoints(accelerator, updater, metric, config, shards.examples, folder, identity)
-            log = RunLog(
-                accelerator, config, shards, net, Audit(net, loss, config.intended), checkpoints, stop, animator
-            )
-            updater.on_gradient = log.on_gradient
-            train_iter = TrainBatches(
-                train_split.to(device), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=log.on_cell
-            )
-            test_iter = EvalBatches(test_split.to(device), rank=rank, world_size=world_size, dtype=dtype)
-            settle_buckets(net, next(iter(test_iter))[0])
-            if checkpoint:
-                progress = checkpoints.load(checkpoint)
-                accelerator.print(f"going on from {checkpoint}: {progress.step} steps are done", flush=True)
-                log.go_on(progress, jsonl.run.read() if main else [])
-                train_iter.epoch, train_iter.first_step = progress.epoch - 1, progress.epoch_steps
-            train_ch3(
-                net, train_iter, test_iter, loss, config.epochs, updater,
-                after_cell=log.after_cell, after_epoch=log.after_epoch, first_epoch=log.epoch, metric=metric,
-            )  # fmt: skip
-            log.close()
-            if animator:
-                animator.save()
-                with failing_as_os_error(folder):
-                    save_file(accelerator.unwrap_model(net).state_dict(), folder / "model.safetensors")
-                write_json(folder / "summary.json", {**log.summary, "skipped_steps": updater.skipped_steps})
-                print(console.results(log.summary, updater.skipped_steps), console.last_batch(config, shards), sep="\n")
-            exit_code, together = 0, True
-        except RunEnded as ended:
-            exit_code, together = ended.exit_code, True
-            log.close()
-            if main:
-                then = f" {how_to_go_on(folder)}" if ended.goes_on else ""
-                print(f"train.py: {ended} after step {log.step}.{then}", file=sys.stderr)
-        except OSError as error:
-            if heartbeat.is_first_to_fail():
-                print(f"train.py: error: the run cannot be saved: {error}. {how_to_go_on(folder)}", file=sys.stderr)
-        except RuntimeError as error:
-            if not is_lost_peer(error):
-                raise
-            accused = heartbeat.accuse()
-            if accused:
-                print(f"train.py: error: {accused}. {how_to_go_on(folder)}", file=sys.stderr)
-        finally:
-            stop.handled.set()
-            finish(accelerator, exit_code)
-            leave_ranks_at_exit(together=together)
-    return exit_code
+    checkpoints = Checkpoints(run, updater, run.progress)
+    checkpoints.resume()
+    recorder = Recorder(run, updater, run.progress)
+    train_ch3(
+        net,
+        TrainBatches(train_set, run.shards, run.rank, config.seed, run.progress),
+        EvalBatches(test_set, run.rank, run.world_size),
+        loss,
+        config.epochs,
+        updater,
+        progress=run.progress,
+        observers=(recorder, checkpoints),
+    )
+    run.keep(net, recorder.close())
 
 
 if __name__ == "__main__":

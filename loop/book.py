@@ -13,8 +13,8 @@ updater is a `CellUpdater` (loop/updater.py), which knows what to make of the ce
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.animator import Animator
 from loop.reduction import global_count
+
+if TYPE_CHECKING:
+    from loop.progress import Progress
 
 Net = nn.Module | Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -80,7 +83,7 @@ def sgd(params: Iterable[Tensor], lr: float, batch_size: int) -> None:
 class Updater(Protocol):
     """The three verbs of a step. `cell` comes with data-parallel batches only."""
 
-    def begin(self, *cell: Any) -> None:
+    def begin(self, X: Tensor, y: Tensor, *cell: Any) -> None:
         """Prepare for the forward pass: zero the gradient where a step begins."""
 
     def backward(self, l: Tensor) -> None:
@@ -90,13 +93,23 @@ class Updater(Protocol):
         """Update the parameters, where a step ends."""
 
 
+class Observer(Protocol):
+    """What follows a training: the loop calls it with all that it knows."""
+
+    def after_cell(self, *cell_and_sums: Any) -> None:
+        """Note a batch: (cell, loss sum, correct, examples), without the cell where the batch came without."""
+
+    def after_epoch(self, epoch: Epoch) -> None:
+        """Note an epoch, trained and tested."""
+
+
 class BookUpdater:
     """The book's two kinds of updater: an optimiser takes the mean's gradient, a function the sum's and the count."""
 
     def __init__(self, updater: torch.optim.Optimizer | Callable[[int], Any]) -> None:
         self.updater = updater
 
-    def begin(self) -> None:
+    def begin(self, X: Tensor, y: Tensor) -> None:
         """Zero the optimiser's gradient; a function zeroes its own."""
         if isinstance(self.updater, torch.optim.Optimizer):
             self.updater.zero_grad()
@@ -129,29 +142,28 @@ def train_epoch_ch3(
     train_iter: Batches,
     loss: Loss,
     updater: Any,
-    after_cell: Callable[..., None] | None = None,
     metric: Accumulator | None = None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[float, float]:
     """Train for one epoch (d2l 3.6.5); return (loss per example, share correct), over all ranks.
 
     updater: a torch optimiser, a function of the batch size, or an `Updater`.
-    after_cell: called as after_cell(cell, loss sum, correct, examples) after each cell, for logging.
-    metric: the sums of these three to go on from, in an epoch that was begun before.
+    metric: the sums of loss, correct predictions and examples to go on from, in an epoch that was begun before.
     """
     if isinstance(net, nn.Module):
         net.train()
     updater = updater if hasattr(updater, "backward") else BookUpdater(updater)
     metric = metric or Accumulator(3)  # loss sum, correct predictions, examples
     for X, y, *cell in train_iter:
-        updater.begin(*cell)
+        updater.begin(X, y, *cell)
         y_hat = net(X)
         l = loss(y_hat, y)
         updater.backward(l)
         updater.step(X.shape[0])
         sums = _loss_sum(l, y), accuracy(y_hat, y), y.numel()
         metric.add(*sums)
-        if after_cell:
-            after_cell(*cell, *sums)
+        for observer in observers:
+            observer.after_cell(*cell, *sums)
     if isinstance(net, DistributedDataParallel):
         metric.all_reduce(next(net.parameters()).device)
     return metric[0] / metric[2], metric[1] / metric[2]
@@ -188,32 +200,30 @@ def train_ch3(
     num_epochs: int,
     updater: Any,
     *,
-    after_cell: Callable[..., None] | None = None,
-    after_epoch: Callable[[Epoch], None] | None = None,
-    first_epoch: int = 1,
-    metric: Accumulator | None = None,
+    progress: Progress | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
     """Train for num_epochs epochs, each followed by a test (d2l 3.6.5).
 
-    first_epoch, metric: where a training that was begun before goes on, as in `train_epoch_ch3`; metric is reset after
-    each epoch.
-
-    after_epoch: takes what each epoch came to. Without it this is the book's call: an Animator draws the curves, and
-    the result must meet the book's thresholds, or AssertionError is raised with the figure that does not.
+    progress: where the training stands, and goes on from: the first observer. Without it this is the book's call: an
+    Animator draws the curves, and the result must meet the book's thresholds, or AssertionError is raised with the
+    figure that does not.
     """
-    animator = Animator(xlabel="epoch", xlim=(1, max(num_epochs, 2)), legend=CURVES) if after_epoch is None else None
-    metric = metric or Accumulator(3)
-    for number in range(first_epoch, num_epochs + 1):
+    if progress is None:
+        animator = Animator(xlabel="epoch", xlim=(1, max(num_epochs, 2)), legend=CURVES)
+        first, metric = 1, None
+    else:
+        first, metric, observers = progress.epoch, progress.sums, (progress, *observers)
+    for number in range(first, num_epochs + 1):
         started = time.perf_counter()
-        train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, after_cell, metric)
-        metric.reset()
+        train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, metric, observers)
         seconds = time.perf_counter() - started
         epoch = Epoch(number, train_loss, train_acc, *evaluate(net, test_iter, loss), seconds)
-        if after_epoch:
-            after_epoch(epoch)
-        if animator:
+        for observer in observers:
+            observer.after_epoch(epoch)
+        if progress is None:
             animator.add(number, (train_loss, train_acc, epoch.test_acc))
-    if animator:
+    if progress is None:
         animator.save()
         unmet = unmet_thresholds(train_loss, train_acc, epoch.test_acc)
         assert not unmet, f"not met: {unmet}: {epoch}"

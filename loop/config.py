@@ -139,9 +139,21 @@ class Config:
         return self.learning_rate * sum(weight * size for weight, size in zip(weights, sizes, strict=True))
 
     @property
-    def intended(self) -> Reduction:
+    def target_reduction(self) -> Reduction:
         """What a step is meant to apply: scratch divides its sum, so only `torch.optim` after a sum applies the sum."""
         return "sum" if self.reduction == "sum" and self.updater == "torch" else "mean"
+
+    def logs(self, step: int) -> bool:
+        """Whether a step, counted from 1, gets a row for --log-every."""
+        return step % self.log_every == 0
+
+    def audits(self, step: int, sizes: Sequence[int]) -> bool:
+        """Whether a step, dealt in these sizes, is audited: every --audit-every steps, and wherever sizes differ."""
+        return self.audit_every > 0 and (step % self.audit_every == 0 or len(set(sizes)) > 1)
+
+    def saves(self, step: int) -> bool:
+        """Whether a step, counted from 1, is followed by a checkpoint, beside those at the epochs' ends."""
+        return self.checkpoint_every > 0 and step % self.checkpoint_every == 0
 
     def applied_weights(self, sizes: Sequence[int], world_size: int) -> list[float]:
         """Return the weight of one example of each cell in rank 0's update: every rank's, but for `divisors`."""

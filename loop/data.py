@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,21 +14,19 @@ from torchvision.datasets import FashionMNIST
 
 from loop.config import FASHION_MNIST, Config
 from loop.idx import IMAGE_SIZE, read_idx_split
+from loop.progress import Progress
 from loop.shards import Cell, Shards
 
 
 class Split(NamedTuple):
-    """One half of a set. images: uint8, (N, 28, 28), 0 to 255. labels: int64, (N,)."""
+    """One half of a set. images: uint8, (N, 28, 28), 0 to 255. labels: int64, (N,). dtype: of batches made of it."""
 
     images: Tensor
     labels: Tensor
-
-    def to(self, device: torch.device) -> Split:
-        """Return the same split on `device`."""
-        return Split(self.images.to(device), self.labels.to(device))
+    dtype: torch.dtype = torch.float32
 
 
-def load(config: Config) -> tuple[Split, Split]:
+def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Split]:
     """Return the training and the test half, the first cut to `--train-examples`; the files are there already.
 
     Raises InputError for a folder that holds no sound MNIST-like set, or too few examples.
@@ -38,8 +36,11 @@ def load(config: Config) -> tuple[Split, Split]:
         train, test = (Split(half.data, half.targets) for half in halves)
     else:
         train, test = (_idx_split(Path(config.dataset), prefix) for prefix in ("train", "t10k"))
-    n = config.training_size(len(train.labels))
-    return Split(train.images[:n], train.labels[:n]), test
+    n, dtype = config.training_size(len(train.labels)), getattr(torch, config.dtype)
+    return (
+        Split(train.images[:n].to(device), train.labels[:n].to(device), dtype),
+        Split(test.images.to(device), test.labels.to(device), dtype),
+    )
 
 
 def _idx_split(folder: Path, prefix: str) -> Split:
@@ -66,60 +67,41 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
 
 
 class TrainBatches:
-    """One rank's cells of every step, as (X, y, cell); each pass is the next epoch, in that epoch's own order.
+    """One rank's cells of every step, as (X, y, cell); each pass is the rest of the epoch in which `progress` stands.
 
     X: floats (n_local, 1, 28, 28). y: int64 (n_local,). cell: which share of which step they are (loop/shards.py).
-    on_cell: called as on_cell(X, y, cell) with each before it is yielded.
-    epoch, first_step: where the next pass begins, from 0.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        shards: Shards,
-        *,
-        rank: int = 0,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        on_cell: Callable[[Tensor, Tensor, Cell], None] | None = None,
-    ) -> None:
-        self.split, self.shards, self.rank, self.seed, self.dtype = split, shards, rank, seed, dtype
-        self.on_cell = on_cell
-        self.epoch = self.first_step = 0
+    def __init__(self, split: Split, shards: Shards, rank: int = 0, seed: int = 0, progress: Progress | None = None):
+        self.split, self.shards, self.rank, self.seed = split, shards, rank, seed
+        self.progress = progress or Progress()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Cell]]:
-        order = epoch_order(self.shards.examples, self.seed, self.epoch)
+        order = epoch_order(self.shards.examples, self.seed, self.progress.epoch - 1)
         end = max(step.start + step.n_global for step in self.shards.steps)
         if end > len(order):  # `pad` wraps round
             order = order[torch.arange(end) % len(order)]
         order = order.to(self.split.images.device, non_blocking=True)
-        for cell, positions in self.shards.of_rank(self.rank, self.first_step):
+        for cell, positions in self.shards.of_rank(self.rank, self.progress.epoch_steps):
             chosen = order[positions.start : positions.stop]
-            X = as_floats(self.split.images.index_select(0, chosen), self.dtype)
-            y = self.split.labels.index_select(0, chosen)
-            if self.on_cell:
-                self.on_cell(X, y, cell)
-            yield X, y, cell
-        self.epoch, self.first_step = self.epoch + 1, 0
+            X = as_floats(self.split.images.index_select(0, chosen), self.split.dtype)
+            yield X, self.split.labels.index_select(0, chosen), cell
 
 
 class EvalBatches:
-    """One rank's share of a test set, as (X, y) of at most `batch_size`: over all ranks, every example exactly once."""
+    """One rank's share of a test set, as (X, y) of at most `batch_size`: over all ranks, every example exactly once.
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 1000,
-    ) -> None:
+    Every rank has as many batches, the last perhaps empty, so that one that has fallen behind can be told.
+    """
+
+    def __init__(self, split: Split, rank: int = 0, world_size: int = 1, batch_size: int = 1000) -> None:
         n = len(split.labels)
         mine = slice(n * rank // world_size, n * (rank + 1) // world_size)
         self.images, self.labels = split.images[mine], split.labels[mine]
-        self.dtype, self.batch_size = dtype, batch_size
+        self.dtype, self.batch_size = split.dtype, batch_size
+        self.end = -(-n // world_size)  # of the largest share
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+        for start in range(0, self.end, self.batch_size):
+            images, labels = (half[start : start + self.batch_size] for half in (self.images, self.labels))
             yield as_floats(images, self.dtype), labels

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loop.book import sgd
+from loop.audit import Audit
+from loop.book import Loss, sgd
 from loop.config import Config
+from loop.progress import Progress
 from loop.reduction import cell_scale, sgd_batch_size
 from loop.shards import Cell
 
@@ -20,9 +20,10 @@ class CellUpdater:
     """Turns each cell's losses into its share of the step, and takes the step after the last (an `Updater`).
 
     net: as `accelerator.prepare` returned it. optimizer: None for the scratch updater.
-    on_gradient: called as on_gradient(cell, divisor) once a step's gradient is whole (all-reduced, unscaled), before it
-    is clipped. divisor: what this rank's update divides it by: 1 but for the scratch updater, 0 for no update.
+    grad_norm: of the gradient of the last step that gets a row, before clipping. audit: see `Audited`.
     """
+
+    audit: Audit | None = None
 
     def __init__(
         self,
@@ -30,14 +31,14 @@ class CellUpdater:
         net: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         config: Config,
-        on_gradient: Callable[[Cell, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.accelerator, self.net, self.optimizer, self.config = accelerator, net, optimizer, config
-        self.on_gradient = on_gradient
+        self.progress = progress or Progress()
         self.params = list(net.parameters())
-        self.skipped_steps = 0  # by the fp16 scaler, on overflow
+        self.grad_norm = torch.zeros(())
 
-    def begin(self, cell: Cell) -> None:
+    def begin(self, X: Tensor, y: Tensor, cell: Cell) -> None:
         """Zero the gradient where a step begins; let DDP all-reduce in the step's last backward only."""
         self.cell = cell
         if isinstance(self.net, DistributedDataParallel):
@@ -63,44 +64,89 @@ class CellUpdater:
 
     def step(self, batch_size: int) -> None:
         """Take the optimiser's step after the step's last cell. batch_size: examples in this rank's last cell."""
-        if not self.cell.last:
-            return
+        if self.cell.last:
+            self.apply(self.finish_gradient(batch_size))
+
+    def finish_gradient(self, batch_size: int) -> int:
+        """Unscale the step's gradient, which is all-reduced, and note its norm where the step gets a row.
+
+        Returns what this rank's update divides it by: 1 but for the scratch updater, 0 for no update.
+        """
         if isinstance(self.optimizer, AcceleratedOptimizer):  # fp16: the gradient is scaled until here
             self.accelerator.unscale_gradients(self.optimizer)
-        config, divisor = self.config, 1
+        if self.config.logs(self.progress.step + 1):
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if self.optimizer:
+            return 1
+        n_global = self.cell.step.n_global
+        return sgd_batch_size(self.config.reduction, self.config.normalize, n_last=batch_size, n_global=n_global)
+
+    def apply(self, divisor: int) -> None:
+        """Clip the gradient and update the parameters."""
         if self.optimizer is None:
-            n_global = self.cell.step.n_global
-            divisor = sgd_batch_size(config.reduction, config.normalize, n_last=batch_size, n_global=n_global)
-        if self.on_gradient:
-            self.on_gradient(self.cell, divisor)
-        if self.optimizer is None:
-            sgd(self.params, config.learning_rate, divisor)
+            sgd(self.params, self.config.learning_rate, divisor)
             return
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.params, config.clip_norm)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
         self.optimizer.step()
         if isinstance(self.optimizer, AcceleratedOptimizer):
-            self.skipped_steps += self.optimizer.step_was_skipped
+            self.progress.skipped_steps += self.optimizer.step_was_skipped
 
 
-def settle_buckets(net: nn.Module, like: Tensor) -> None:
+class Audited:
+    """An updater whose gradients are audited, every `--audit-every` steps and on uneven ones, before they are applied.
+
+    audit: holds what was measured and not collected yet. due: whether the step under way is audited.
+    """
+
+    def __init__(self, updater: CellUpdater, loss: Loss) -> None:
+        self.updater, self.net = updater, updater.net
+        self.audit = Audit(updater.net, loss, updater.config.target_reduction)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The updater's own."""
+        return self.updater.grad_norm
+
+    def begin(self, X: Tensor, y: Tensor, cell: Cell) -> None:
+        """Show the audit a cell of a step that it is to look at."""
+        self.updater.begin(X, y, cell)
+        self.due = self.updater.config.audits(self.updater.progress.step + 1, cell.step.sizes)
+        if self.due:
+            self.audit.saw(X, y, last=cell.last)
+
+    def backward(self, l: Tensor) -> None:
+        """Back-propagate the cell's loss."""
+        self.updater.backward(l)
+
+    def step(self, batch_size: int) -> None:
+        """Compare the step's gradient with what one process would apply; then apply it."""
+        if not self.updater.cell.last:
+            return
+        divisor = self.updater.finish_gradient(batch_size)
+        if self.due:
+            self.audit.compare(divisor)
+        self.updater.apply(divisor)
+
+
+def settle_buckets(net: nn.Module, empty: Tensor) -> None:
     """Have DDP lay out its gradient buckets for good, before the first step, fresh or resumed.
 
     It does so around its second backward. If that came in mid-run, a resumed run's gradients would be added up in
-    another order than an uninterrupted one's, and at W >= 3 differ in the last bits. like: a batch, which is not seen.
+    another order than an uninterrupted one's, and at W >= 3 differ in the last bits. empty: a batch of no example.
     """
     if isinstance(net, DistributedDataParallel):
         for _ in range(2):
-            net(like[:0]).sum().backward()
+            net(empty).sum().backward()
         net.zero_grad()
 
 
 def make_updater(
-    accelerator: Accelerator, net: nn.Module, config: Config, on_gradient: Callable[[Cell, int], None] | None = None
+    accelerator: Accelerator, net: nn.Module, config: Config, progress: Progress | None = None
 ) -> CellUpdater:
     """Return the updater that the flags ask for. net: as `accelerator.prepare` returned it."""
     if config.updater == "scratch":
-        return CellUpdater(accelerator, net, None, config, on_gradient)
+        return CellUpdater(accelerator, net, None, config, progress)
     kind, momentum = {
         "sgd": (torch.optim.SGD, {"momentum": config.momentum}),
         "adam": (torch.optim.Adam, {}),
@@ -110,4 +156,4 @@ def make_updater(
     wrapped = accelerator.prepare_optimizer(optimizer)  # which makes it part of a checkpoint
     if accelerator.scaler:  # elsewhere Accelerate's wrapper does nothing for us, at a third of a softmax step's time
         optimizer = wrapped
-    return CellUpdater(accelerator, net, optimizer, config, on_gradient)
+    return CellUpdater(accelerator, net, optimizer, config, progress)

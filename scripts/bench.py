@@ -29,7 +29,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loop.fetch import TRAINING_EXAMPLES
+from loop.run.fetch import TRAINING_EXAMPLES
+from loop.run.launch import launched_rank
 
 NETS = ("softmax", "mlp", "lenet")
 PARTS = ("loops", "memory", "startup", "costs")
@@ -85,7 +86,7 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
     if flags.device == "cuda":
         import torch
 
-        from loop.launch import launched_world_size
+        from loop.run.launch import launched_world_size
 
         measuring = flags.cost or flags.time or flags.memory  # on these ranks
         ranks = launched_world_size() if measuring else max(flags.world_sizes)
@@ -187,8 +188,8 @@ def join(args: argparse.Namespace, net: Any) -> Any:
     from accelerate import Accelerator
 
     from loop.config import Config
-    from loop.fetch import provide
-    from loop.launch import keep_freed_memory
+    from loop.run.fetch import provide
+    from loop.run.launch import keep_freed_memory
     from scripts.bench_loops import Setting
 
     keep_freed_memory()  # for all loops alike
@@ -269,26 +270,28 @@ def first_step() -> None:
     """Be train.py with the flags that follow `--first-step`, and end after the first step, saying when that was."""
     sys.argv[1:] = sys.argv[sys.argv.index("--first-step") + 1 :]
     import train
-    from loop.runlog import RunLog
+    from loop.progress import Progress
 
-    def end(log: RunLog, *_: object) -> None:
-        log.accelerator.wait_for_everyone()
-        if log.accelerator.device.type == "cuda":
-            import torch
+    def end(*_: object) -> None:
+        import torch
+        import torch.distributed as dist
 
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
         os.write(1, f"done {time.time()}\n".encode())  # whole, beside other ranks
         os._exit(0)
 
-    setattr(RunLog, "after_cell", end)  # noqa: B010  # what the type checker would not have
+    setattr(Progress, "after_cell", end)  # noqa: B010  # what the type checker would not have
     train.main()
 
 
 def cost(args: argparse.Namespace) -> Figures:
     """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
     from loop.config import Config
-    from loop.fetch import provide
-    from loop.launch import launched_local_rank, launched_rank, launched_world_size
+    from loop.run.fetch import provide
+    from loop.run.launch import launched_local_rank, launched_world_size
 
     provide(Config(), fetching=launched_local_rank() == 0)
     with_it, without, *_ = COSTS[args.cost]
@@ -316,27 +319,9 @@ def cost(args: argparse.Namespace) -> Figures:
 
 
 def train_once(args: argparse.Namespace, flags: Sequence[str]) -> tuple[float, float]:
-    """Train for three epochs; return the median seconds of an epoch, and of a checkpoint."""
-    from unittest import mock
-
+    """Train for three epochs; return the median seconds of an epoch, and of a checkpoint at an epoch's end."""
     import train
-    from loop.checkpoints import Checkpoints
     from loop.config import parse
-    from loop.runlog import RunLog
-
-    epochs: list[float] = []
-    saves: list[float] = []
-    after_epoch, save = RunLog.after_epoch, Checkpoints.save
-
-    def timed_epoch(log: RunLog, epoch: Any) -> None:
-        epochs.append(epoch.seconds)
-        after_epoch(log, epoch)
-
-    def timed_save(checkpoints: Checkpoints, progress: Any) -> bool:
-        started = time.perf_counter()
-        saved = save(checkpoints, progress)
-        saves.append(time.perf_counter() - started)
-        return saved
 
     common = ["--epochs", "3", "--wandb", "disabled", "--net", args.net, *(["--cpu"] if args.device == "cpu" else [])]
     common += ["--train-examples", str(args.examples)] if args.examples else []
@@ -345,12 +330,15 @@ def train_once(args: argparse.Namespace, flags: Sequence[str]) -> tuple[float, f
         Path(os.devnull).open("w") as devnull,
         contextlib.redirect_stdout(devnull),
         contextlib.redirect_stderr(devnull),
-        mock.patch.object(RunLog, "after_epoch", timed_epoch),
-        mock.patch.object(Checkpoints, "save", timed_save),
     ):
         if train.train(parse([*common, *flags, "--out", out])):
             raise RuntimeError(f"a run with {' '.join(flags) or 'no flags'} failed")
-    return statistics.median(epochs), statistics.median(saves)
+        if launched_rank() > 0:
+            return math.nan, math.nan
+        (written,) = Path(out).glob("*/metrics.jsonl")
+        rows = [row for row in map(json.loads, written.open()) if "time/epoch_s" in row]
+    epochs = [row["time/epoch_s"] for row in rows]
+    return statistics.median(epochs), statistics.median(row["time/checkpoint_s"] for row in rows[1:])
 
 
 def interval(seconds: Sequence[Sequence[float]]) -> tuple[float, float, float]:

@@ -45,7 +45,7 @@ class Setting:
         self.accelerator, self.config = accelerator, config
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.device, self.share = accelerator.device, config.batch_size // accelerator.num_processes
-        self.split = load(config)[0].to(self.device)
+        self.split = load(config, self.device)[0]
         self.shards = config.shards(len(self.split.labels), self.world_size)
 
     def net(self) -> nn.Module:
@@ -137,7 +137,7 @@ def ours(setting: Setting, *, wrapped: bool = False, profiled: bool = False) -> 
     updater = make_updater(accelerator, net, config)
     if wrapped:
         updater = CellUpdater(accelerator, net, accelerator.prepare_optimizer(setting.sgd(net)), config)
-    settle_buckets(net, torch.zeros(1, 1, 28, 28, device=setting.device))
+    settle_buckets(net, torch.empty(0, 1, 28, 28, device=setting.device))
     loss: Any = nn.CrossEntropyLoss(reduction="none")
     if profiled:
         net, loss, batches = named("forward", net), named("forward", loss), NamedBatches(batches)

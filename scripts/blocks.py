@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from loop import console
 from loop.config import Config
+from loop.run import console
 from loop.shards import Shards
 from scripts.explain import effect
 from scripts.probes import distance, flags_of, last, pick

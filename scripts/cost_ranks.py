@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,8 +74,9 @@ def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
         for batch in (BATCH, BATCH // 2, BATCH // 3, BATCH // 4) if world_size == 1 else (BATCH,):
             batches = TrainBatches(split, Shards(EXAMPLES, batch, world_size), rank=rank)
             stamps: list[float] = []
+            clock: Any = SimpleNamespace(after_cell=lambda *_, to=stamps: to.append(time.perf_counter()))
             for _ in range(EPOCHS + 1):
-                train_epoch_ch3(net, batches, loss, updater, lambda *_, to=stamps: to.append(time.perf_counter()))
+                train_epoch_ch3(net, batches, loss, updater, observers=[clock])
             found.steps[name, batch] = quiet(stamps[len(batches.shards.steps) :])
     for size in SIZES:
         found.reduces[size] = seconds(partial(dist.all_reduce, torch.zeros(size // 4)), 200)

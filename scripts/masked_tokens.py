@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from loop import reduction
-from loop.launch import launched_rank, launched_world_size
 from loop.reduction import cell_loss, global_count
+from loop.run.launch import launched_rank, launched_world_size
 
 Way = Literal["global", "mean-per-batch"]
 Batch = tuple[Tensor, Tensor]

@@ -211,11 +211,10 @@ def ours(task: Task, **flags: Any) -> None:
     config = replace(task.config, **flags)
     net = accelerator.prepare(task.net)
     batches = TrainBatches(
-        task.split,
+        task.split._replace(dtype=torch.float64),
         config.shards(len(task.dataset), task.world_size),
-        rank=accelerator.process_index,
-        seed=config.seed,
-        dtype=torch.float64,
+        accelerator.process_index,
+        config.seed,
     )
     train_epoch_ch3(net, batches, nn.CrossEntropyLoss(reduction="none"), make_updater(accelerator, net, config))
 

@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from loop.config import Config, InputError
-from loop.fetch import provide
+from loop.run.fetch import provide
 from scripts.peer_loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, one_process, serve
 
 ROUNDING = 1e-12

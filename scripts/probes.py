@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from loop.book import BookUpdater, evaluate, train_epoch_ch3
 from loop.config import Config, parse
 from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order, load
-from loop.fetch import provide
 from loop.nets import make_net
 from loop.reduction import Normalize, Reduction, cell_loss
+from loop.run.fetch import provide
 from loop.shards import Shards, Tail
 from scripts.explain import effect
 from scripts.runs import Run, read_config
@@ -131,7 +131,7 @@ def applied_weights(reduction: Reduction, normalize: Normalize, losses: Tensor, 
 class NeverZeroed(BookUpdater):
     """The book's updater with the line forgotten that zeroes the gradient."""
 
-    def begin(self) -> None:
+    def begin(self, X: Tensor, y: Tensor) -> None:
         """Leave the gradient as it is."""
 
 
@@ -139,11 +139,11 @@ def book_losses(kind: Callable[[torch.optim.Optimizer], BookUpdater], batches: I
     """Return each step's loss of an epoch of the book's loop: softmax regression, a torch optimiser, the mean."""
     net, losses = fresh("softmax"), list[float]()
 
-    def keep(loss_sum: Tensor, _: Tensor, examples: int) -> None:
-        losses.append(float(loss_sum) / examples)
+    def keep(logits: Tensor, y: Tensor) -> Tensor:
+        losses.append(float(loss := F.cross_entropy(logits, y)))
+        return loss
 
-    updater = kind(torch.optim.SGD(net.parameters(), LR))
-    train_epoch_ch3(net, batches, nn.CrossEntropyLoss(), updater, after_cell=keep)
+    train_epoch_ch3(net, batches, keep, kind(torch.optim.SGD(net.parameters(), LR)))
     return losses
 
 

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from loop.config import Config, InputError, check_run_name, parse
-from loop.fetch import provide
+from loop.run.fetch import provide
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.2

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from loop.launch import launched_rank, launched_world_size
 from loop.reduction import cell_loss, global_count
+from loop.run.launch import launched_rank, launched_world_size
 
 PATIENCE_S = 5.0  # a rank that waits longer has hung; by default a group waits 10 (NCCL) or 30 minutes (gloo)
 

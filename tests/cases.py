@@ -6,6 +6,7 @@ The oracles use nothing of `loop` but the order of examples and the nets: plain 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loop.audit import Audit, Reading
+from loop.audit import Reading
 from loop.book import Epoch, train_ch3
 from loop.config import Config
 from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order
 from loop.nets import make_net
-from loop.shards import Cell
-from loop.updater import make_updater
+from loop.progress import Progress
+from loop.updater import Audited, make_updater
 
 TEST_EXAMPLES = 37
 Weights = dict[str, Tensor]
@@ -54,33 +55,34 @@ def train_here(config: Config, examples: int) -> Trained:
     net = accelerator.prepare(make_net(config.net).to(dtype))
     shards = config.shards(examples, world_size)
     loss = nn.CrossEntropyLoss(reduction="none")
-    audit = Audit(net, loss, config.intended)
-
-    def show_audit(X: Tensor, y: Tensor, cell: Cell) -> None:
-        if config.audit_every:
-            audit.saw(X, y, last=cell.last)
-
-    train_iter = TrainBatches(toy_split(examples), shards, rank=rank, seed=config.seed, dtype=dtype, on_cell=show_audit)
-    test_iter = EvalBatches(toy_split(TEST_EXAMPLES, 1), rank=rank, world_size=world_size, dtype=dtype, batch_size=5)
+    progress = Progress()
+    train_iter = TrainBatches(toy_split(examples)._replace(dtype=dtype), shards, rank, config.seed, progress)
+    test_iter = EvalBatches(toy_split(TEST_EXAMPLES, 1)._replace(dtype=dtype), rank, world_size, batch_size=5)
     gradients: list[Tensor] = []
     epochs: list[Epoch] = []
+    updater = make_updater(accelerator, net, config, progress)
+    apply = updater.apply
 
-    def keep_gradient(_: Cell, divisor: int) -> None:
+    def keep_gradient(divisor: int) -> None:
         gradients.append(flat_gradient(net))
-        audit.compare(divisor)
+        apply(divisor)
 
+    updater.apply = keep_gradient
+    audited = Audited(updater, loss) if config.audit_every else None
+    keep_epochs = SimpleNamespace(after_cell=lambda *_: None, after_epoch=epochs.append)
     train_ch3(
         net,
         train_iter,
         test_iter,
         loss,
         config.epochs,
-        make_updater(accelerator, net, config, keep_gradient),
-        after_epoch=epochs.append,
+        audited or updater,
+        progress=progress,
+        observers=[keep_epochs],
     )
-    audit.collect()
+    readings = audited.audit.collect() if audited else []
     AcceleratorState._reset_state()
-    return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, audit.readings)
+    return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, readings)
 
 
 def flat_gradient(net: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loop.fetch import fetch_fashion_mnist
+from loop.run.fetch import fetch_fashion_mnist
 from tests.ranks import World
 from tests.wandb_stub import KEY, WandbStub
 

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from loop import checkpoints, folder, runlog
 from loop.animator import Animator
 from loop.config import InputError, parse
-from loop.folder import open_run
-from loop.resume import MANIFEST, digest, find_flaw, newest
+from loop.run import checkpoints, folder
+from loop.run.checkpoints import Checkpoints
+from loop.run.folder import open_run
+from loop.run.resume import MANIFEST, digest, find_flaw, newest
 from tests.cases import relative_distance, toy_split
 from tests.launches import rows_of
 from tests.ranks import World
@@ -37,7 +38,7 @@ SMALL = "--train-examples 70 --batch-size 16 --epochs 2 --log-every 3 --checkpoi
 def dataset(tmp_path: Path) -> None:
     """A set of 71 images to train on and 9 to test, read in no time."""
     for half, n in (("train", 71), ("t10k", 9)):
-        images, labels = toy_split(n)
+        images, labels, _ = toy_split(n)
         header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in (n, 28, 28))
         (tmp_path / f"{half}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
         header = bytes([0, 0, 8, 1]) + n.to_bytes(4, "big")
@@ -50,16 +51,16 @@ class Crash(BaseException):
 
 def run_here(flags: str, out: Path, crash_at: int = 0) -> tuple[int, str]:
     """Train on this rank, or crash after a step, on all ranks alike; return exit code and what was said."""
-    after_cell = runlog.RunLog.after_cell
+    after_cell = Checkpoints.after_cell
 
-    def until_crash(log: runlog.RunLog, cell: Any, *sums: Any) -> None:
-        after_cell(log, cell, *sums)
-        if cell.last and log.step == crash_at:
+    def until_crash(observer: Checkpoints, cell: Any, *sums: Any) -> None:
+        after_cell(observer, cell, *sums)
+        if cell.last and observer.progress.step == crash_at:
             raise Crash
 
     said = io.StringIO()
     with (
-        mock.patch.object(runlog.RunLog, "after_cell", until_crash),
+        mock.patch.object(Checkpoints, "after_cell", until_crash),
         mock.patch.object(Animator, "save"),  # half a second each
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
@@ -407,14 +408,14 @@ def test_a_test_loss_that_is_not_finite_ends_the_run_too(tmp_path: Path) -> None
 
 
 def test_a_stop_is_acted_on_at_a_checkpoint_too(tmp_path: Path) -> None:
-    def told(log: runlog.RunLog, cell: Any, *sums: Any) -> None:
-        if log.step == 2:
+    def told(observer: Checkpoints, cell: Any, *sums: Any) -> None:
+        if observer.progress.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            log.stop.thread.join(0.2)  # who notes it
-        after_cell(log, cell, *sums)
+            observer.run.stop.thread.join(0.2)  # who notes it
+        after_cell(observer, cell, *sums)
 
-    after_cell = runlog.RunLog.after_cell
-    with mock.patch.object(runlog.RunLog, "after_cell", told):
+    after_cell = Checkpoints.after_cell
+    with mock.patch.object(Checkpoints, "after_cell", told):
         code, said = run_here("--log-every 1000 --run-name cut", tmp_path)
     assert code == 143
     assert "stopped by SIGTERM after step 4" in said and "step-00000004, is kept" in said

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import train
 from loop.config import Config, InputError, parse
-from loop.resume import is_finished
+from loop.run.resume import is_finished
 
 REFUSED = [
     ("--batch-size 0", "--batch-size 0 must be at least 1"),

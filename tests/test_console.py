@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loop.config import Config
-from loop.console import last_batch
+from loop.run.console import last_batch
 from loop.shards import sizes_in_words
 
 

@@ -9,7 +9,9 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,17 +21,16 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loop.audit import Audit
 from loop.book import Accumulator, train_epoch_ch3
-from loop.checkpoints import Checkpoints
 from loop.config import Config, InputError
 from loop.data import Split, TrainBatches
-from loop.launch import prepare_net, set_float32_precision
 from loop.nets import make_net
+from loop.progress import Progress
 from loop.reduction import global_count
-from loop.resume import Progress
-from loop.runlog import RunLog
-from loop.stopping import StopSignal
+from loop.run.checkpoints import Checkpoints
+from loop.run.launch import prepare_net, set_float32_precision
+from loop.run.recorder import Recorder
+from loop.run.run import Run
 from loop.updater import make_updater
 from tests.ranks import World
 
@@ -47,19 +48,21 @@ UPDATERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("net_name", ["softmax", "mlp", "lenet"])
 def test_an_epoch_waits_for_the_device_in_its_last_reading_alone(net_name: Any, updater: str) -> None:
     config = Config(net=net_name, batch_size=16, log_every=1000, **UPDATERS[updater])
-    accelerator = Accelerator(cpu=True)
-    net, metric = make_net(config.net).to(META), Accumulator(3)
-    shards = config.shards(67, 2)  # as rank 1 of 2, which has no part in the last step but one of 3 examples
-    loss = nn.CrossEntropyLoss(reduction="none")
-    log = RunLog(accelerator, config, shards, net, Audit(net, loss), Any, StopSignal())  # type: ignore[arg-type]
-    images, labels = torch.empty(67, 28, 28, dtype=torch.uint8), torch.empty(67, dtype=torch.int64)
-    batches = TrainBatches(Split(images, labels).to(META), shards, rank=1, on_cell=log.on_cell)
-    step = make_updater(accelerator, net, config, log.on_gradient)
+    accelerator, progress = Accelerator(cpu=True), Progress()
+    shards = config.shards(67, 2)  # as rank 1 of 2, which has one of the last step's 3 examples
+    run: Any = SimpleNamespace(config=config, shards=shards, is_main=False, ends=ExitStack())
+    net, loss = make_net(config.net).to(META), nn.CrossEntropyLoss(reduction="none")
+    split = Split(
+        torch.empty(67, 28, 28, dtype=torch.uint8, device=META), torch.empty(67, dtype=torch.int64, device=META)
+    )
+    updater = make_updater(accelerator, net, config, progress)
+    observers = progress, Recorder(run, updater, progress)
+    batches = TrainBatches(split, shards, rank=1, progress=progress)
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
-        train_epoch_ch3(net, batches, loss, step, log.after_cell, metric)
-    assert log.step == 5, "all steps are taken before the epoch's loss is read"
-    assert {type(value) for value in metric.data[:2]} == {Tensor}
-    assert {value.device for value in metric.data[:2]} == {META}
+        train_epoch_ch3(net, batches, loss, updater, progress.sums, observers)
+    assert progress.step == 5, "all steps are taken before the epoch's loss is read"
+    assert {type(value) for value in progress.sums.data[:2]} == {Tensor}
+    assert {value.device for value in progress.sums.data[:2]} == {META}
     AcceleratorState._reset_state()
 
 
@@ -114,23 +117,23 @@ def test_collectives_are_called_in_the_two_files_that_are_copied() -> None:
 
 
 def test_adams_step_count_stays_on_the_cpu_when_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = Accelerator(cpu=True)
-    config = Config(optimizer="adam")
-    net = accelerator.prepare(make_net("softmax"))
-    updater = make_updater(accelerator, net, config)
-    net(torch.ones(1, 784)).sum().backward()
-    updater.optimizer.step()
-    checkpoints = Checkpoints(accelerator, updater, Accumulator(3), config, 1, tmp_path, "run")
-    (tmp_path / "metrics.jsonl").touch()
-    assert checkpoints.save(Progress(epoch=1, step=1))
-    # As on rank 0 of two GPUs, whose memory holds no data here.
-    monkeypatch.setitem(PartialState._shared_state, "device", META)
-    monkeypatch.setitem(AcceleratorState._shared_state, "num_processes", 2)
-    monkeypatch.setattr(type(accelerator), "multi_device", True)
-    checkpoints.load(*(tmp_path / "checkpoints").iterdir())
+    with Run(Config(optimizer="adam", cpu=True, wandb="disabled", out=tmp_path)) as run:
+        run.open(256)
+        net = run.prepare(make_net("softmax"))
+        updater = make_updater(run.accelerator, net, run.config, run.progress)
+        checkpoints = Checkpoints(run, updater, run.progress)
+        net(torch.ones(1, 784)).sum().backward()
+        updater.optimizer.step()
+        checkpoints.save()
+        (run.resume_from,) = (run.folder / "checkpoints").iterdir()
+        # As on rank 0 of two GPUs, whose memory holds no data here.
+        monkeypatch.setitem(PartialState._shared_state, "device", META)
+        monkeypatch.setitem(AcceleratorState._shared_state, "num_processes", 2)
+        monkeypatch.setattr(Accelerator, "multi_device", True)
+        checkpoints.resume()
+        monkeypatch.undo()
     steps = [state["step"] for state in updater.optimizer.state.values()]
     assert [(float(step), step.device.type) for step in steps] == [(1.0, "cpu")] * 2
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -185,5 +185,5 @@ def test_who_waits_in_vain_is_told(tmp_path: Path) -> None:
 
 
 def test_looking_for_the_data_loads_no_torch() -> None:
-    code = "import sys, loop.fetch, loop.launch, loop.shards; sys.exit('torch' in sys.modules)"
+    code = "import sys, loop.run.fetch, loop.run.launch, loop.shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

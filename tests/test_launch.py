@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 import train
 from loop.config import Config, InputError, parse
-from loop.launch import HOW_TO_CONFIGURE
+from loop.run.launch import HOW_TO_CONFIGURE
 from tests.launches import PYTHON, launch
 
 TINY = ["--cpu", "--train-examples", "300", "--epochs", "1", "--wandb", "disabled", "--run-name", "run"]

@@ -24,8 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from loop.config import parse
-from loop.console import last_batch
 from loop.reduction import cell_loss
+from loop.run.console import last_batch
 from scripts import masked_tokens, sweep, symptoms
 from tests.cases import flat_gradient
 from tests.ranks import World

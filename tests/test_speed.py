@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from loop.config import parse
-from loop.runlog import RunLog
+from loop.run.checkpoints import Checkpoints
+from loop.updater import CellUpdater
 from scripts import bench
 from tests.ranks import World
 
@@ -59,18 +60,19 @@ def test_the_watch_sees_a_number_read() -> None:
 def test_no_step_between_log_steps_waits_for_the_device(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, on_cell, after_cell = Watch(), RunLog.on_cell, RunLog.after_cell
+    watch, begin, after_cell = Watch(), CellUpdater.begin, Checkpoints.after_cell
 
-    def watched_on_cell(log: RunLog, *cell: Any) -> None:
-        on_cell(log, *cell)
-        watch.arm(not log.due)
+    def watched_begin(updater: CellUpdater, X: Any, y: Any, cell: Any) -> None:
+        begin(updater, X, y, cell)
+        watch.arm(not updater.config.logs(updater.progress.step + 1))
 
-    def watched_after_cell(log: RunLog, *cell: Any) -> None:
-        after_cell(log, *cell)
-        watch.arm(log.epoch_steps < len(log.shards.steps))  # while the next batch is made, too
+    def watched_after_cell(last_observer: Checkpoints, *cell: Any) -> None:
+        after_cell(last_observer, *cell)
+        progress = last_observer.progress
+        watch.arm(progress.epoch_steps < len(last_observer.run.shards.steps))  # while the next batch is made, too
 
-    monkeypatch.setattr(RunLog, "on_cell", watched_on_cell)
-    monkeypatch.setattr(RunLog, "after_cell", watched_after_cell)
+    monkeypatch.setattr(CellUpdater, "begin", watched_begin)
+    monkeypatch.setattr(Checkpoints, "after_cell", watched_after_cell)
     short = [
         "--train-examples",
         "700",
@@ -92,7 +94,7 @@ def test_no_step_between_log_steps_waits_for_the_device(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
     code = (
-        "import resource, sys, torch; from loop.launch import keep_freed_memory\n"
+        "import resource, sys, torch; from loop.run.launch import keep_freed_memory\n"
         "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for i in range(10):\n"
@@ -110,9 +112,9 @@ def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
 def test_the_first_step_needs_no_picture_and_no_wandb(tmp_path: Path) -> None:
     """And torch._dynamo, which costs over a second, only because torchvision and torch.optim import it themselves."""
     code = (
-        "import os, sys, train; from loop.runlog import RunLog; from loop.config import parse\n"
+        "import os, sys, train; from loop.progress import Progress; from loop.config import parse\n"
         "def end(*_): print(sorted({name.split('.')[0] for name in sys.modules})); sys.stdout.flush(); os._exit(0)\n"
-        "RunLog.after_cell = end; train.train(parse(sys.argv[1:]))"
+        "Progress.after_cell = end; train.train(parse(sys.argv[1:]))"
     )
     flags = ["--train-examples", "256", "--wandb", "disabled", "--cpu", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)

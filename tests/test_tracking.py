@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from loop.wandb_tracker import count_rows
+from loop.run.wandb_tracker import count_rows
 from tests.launches import LAUNCHES, kill, launch, rank_pids, rows_of, start
 from tests.wandb_reader import read_run
 from tests.wandb_stub import KEY, WandbStub
@@ -408,10 +408,10 @@ def test_a_rank_that_dies_leaves_rank_0s_rows_and_a_failed_run(tmp_path: Path) -
 def test_an_exception_on_a_rank_leaves_every_row_and_a_failed_run(tmp_path: Path, rank: int) -> None:
     script = tmp_path / "crash.py"
     script.write_text(
-        "import os, train\nfrom loop.runlog import RunLog\nafter_cell = RunLog.after_cell\n"
+        "import os, train\nfrom loop.run.checkpoints import Checkpoints\nafter_cell = Checkpoints.after_cell\n"
         "def crash(self, *args):\n    after_cell(self, *args)\n"
-        f"    if self.step == 20 and os.environ['RANK'] == '{rank}': raise RuntimeError('planted')\n"
-        "RunLog.after_cell = crash\ntrain.main()\n"
+        f"    if self.progress.step == 20 and os.environ['RANK'] == '{rank}': raise RuntimeError('planted')\n"
+        "Checkpoints.after_cell = crash\ntrain.main()\n"
     )
     how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = launch(how, tmp_path / "out", *LONG, WANDB_MODE="offline", PYTHONPATH=str(Path.cwd()))

@@ -69,7 +69,7 @@ def count_gpus(config: Config) -> int:
     return gpus
 
 
-def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
+def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
     """Join the ranks and return their Accelerator.
 
     Raises InputError where the launcher asks for more than plain data parallelism, where its processes would each train
@@ -90,7 +90,7 @@ def make_accelerator(config: Config, trackers: list[GeneralTracker]) -> Accelera
             mixed_precision=config.mixed_precision,
             # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override the plain number
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
-            log_with=trackers,
+            log_with=trackers or None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
         )
     except ValueError as error:  # InputError among them

@@ -22,7 +22,7 @@ LOCK_S = 20  # ranks whose launcher was killed end within this time
 class RunFolder:
     """A run's folder with its metrics.jsonl, which is locked while it is open, so that two runs never mix.
 
-    path: the folder. identity: the run's own, for good; W&B's id too. new: whether it was made for this process.
+    path: the folder. run_id: the run's own, for good; W&B's id too. new: whether it was made for this process.
     Raises InputError where the folder is held by another process, or is no run's.
     """
 
@@ -30,10 +30,10 @@ class RunFolder:
         self.path, self.new = path, new
         self.rows = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._lock()
-        known = identity_of(path)
+        known = run_id_of(path)
         if known is None and self.rows.tell():  # a run killed before it began has no row
             raise InputError(f"--resume: {path} has a metrics.jsonl, but no config.json: it is no run's folder")
-        self.identity = known or secrets.token_hex(4)
+        self.run_id = known or secrets.token_hex(4)
 
     def _lock(self) -> None:
         deadline, said = time.monotonic() + LOCK_S, False
@@ -62,6 +62,10 @@ class RunFolder:
         """Return the rows."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
+    def count(self) -> int:
+        """Return how many whole rows metrics.jsonl holds."""
+        return (self.path / "metrics.jsonl").read_bytes().count(b"\n")
+
     def close(self) -> None:
         """Let the folder go."""
         self.rows.close()
@@ -73,8 +77,8 @@ class RunFolder:
             shutil.rmtree(self.path)
 
 
-def identity_of(path: Path) -> str | None:
-    """Return the identity of the run in a folder, None where there is none. Raises InputError for a damaged one."""
+def run_id_of(path: Path) -> str | None:
+    """Return the id of the run in a folder, None where there is none. Raises InputError for a damaged one."""
     try:
         return str(json.loads((path / "config.json").read_text())["wandb_id"])
     except FileNotFoundError:

@@ -23,24 +23,6 @@ GRACE_S = 8  # torchrun kills 30 s after its SIGTERM, and ending a W&B run may t
 LAUNCHER = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
 
 
-class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to together
-    """All ranks end the run here; what it is called with says why."""
-
-    exit_code = 1
-    goes_on = True  # from its last checkpoint, if the run is started again
-
-
-class Stopped(RunEnded):
-    """All ranks agreed to stop, on a signal or because the launcher is gone."""
-
-    def __init__(self, stop: StopSignal) -> None:
-        signum = stop.signum or signal.SIGTERM  # noted by another rank
-        super().__init__(
-            f"stopped {'as the launcher is gone' if stop.orphaned else f'by {signal.Signals(signum).name}'}"
-        )
-        self.exit_code = 128 + signum
-
-
 class StopSignal:
     """Notes the first SIGTERM or SIGINT, or the death of the launcher as a SIGTERM, between `with` and its end.
 

@@ -20,9 +20,8 @@ from typing import Any, Literal, NamedTuple
 from accelerate.tracking import GeneralTracker
 
 from loop.config import Config, InputError
-from loop.folder import plain
 from loop.reduction import example_weights
-from loop.tracking import JsonlTracker
+from loop.run.folder import RunFolder, plain
 
 PROJECT = "chapter3-data-parallel"
 REQUEST_S, INIT_S, FINISH_S = 8, 5, 15  # W&B adds up to 13 s of its own to INIT_S
@@ -74,11 +73,11 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def make_tracker(config: Config, jsonl: JsonlTracker) -> list[GeneralTracker]:
+def make_tracker(config: Config) -> list[WandbTracker]:
     """Return the W&B tracker in the mode that `choose_mode` finds, or nothing where W&B is disabled."""
     mode = choose_mode(config)
     if mode.name != "disabled":
-        return [WandbTracker(config, mode, jsonl)]
+        return [WandbTracker(config, mode)]
     if config.wandb == "auto":
         print(f"W&B: disabled ({mode.reason})", flush=True)
     return []
@@ -87,16 +86,17 @@ def make_tracker(config: Config, jsonl: JsonlTracker) -> list[GeneralTracker]:
 class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     """The tracker behind Accelerate's `log_with` that writes to W&B; lives on the main process.
 
-    jsonl: the tracker beside it, which makes the run's folder and holds every row.
+    files: the run's folder, which holds every row; to be set before `init_trackers`.
     exit_code: what `finish` reports; to be set before where the run has not succeeded.
     """
 
     name = "wandb"
     requires_logging_directory = False
+    files: RunFolder
 
-    def __init__(self, config: Config, mode: Mode, jsonl: JsonlTracker) -> None:
+    def __init__(self, config: Config, mode: Mode) -> None:
         super().__init__()
-        self.config, self.mode, self.jsonl = config, mode, jsonl
+        self.config, self.mode = config, mode
         self.run: Any = None
         self.exit_code = 0
         self.rows = self.lost = self.examples = 0
@@ -121,7 +121,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             self._safely(self._define_metrics, rows=0)
             self._safely(lambda: self.beside.update(last_step=self._last_step_table(values)), rows=0)
             self.held = self._count_held()
-            for row in self.jsonl.run.read():  # of a run that goes on: W&B may have less of it, or more
+            for row in self.files.read():  # of a run that goes on: W&B may have less of it, or more
                 self.log(row)
 
     def _start(self, values: Mapping[str, Any]) -> Any:
@@ -130,7 +130,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         except Exception as error:
             reason = in_one_line(error)
         if self.config.wandb == "online":
-            self.jsonl.run.discard()
+            self.files.discard()
             raise InputError(f"--wandb online is not to be had: {reason}")
         try:
             import wandb
@@ -151,7 +151,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def _init(self, mode: str, values: Mapping[str, Any]) -> Any:
         import wandb
 
-        folder = self.jsonl.run.path
+        folder = self.files.path
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             dir=str(folder),
@@ -219,14 +219,14 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def _log_curves(self) -> None:
         import wandb
 
-        self.run.log({"curves": wandb.Image(str(self.jsonl.run.path / "curves.png"))}, step=self.row)
+        self.run.log({"curves": wandb.Image(str(self.files.path / "curves.png"))}, step=self.row)
 
     def _log_model(self) -> None:
         import wandb
 
         # A collection of the run's own, with one version: its final weights are its latest and its best.
         model = wandb.Artifact(f"model-{self.run.id}", type="model", metadata={"examples": self.examples})
-        model.add_file(str(self.jsonl.run.path / "model.safetensors"))
+        model.add_file(str(self.files.path / "model.safetensors"))
         self.run.log_artifact(model, aliases=["latest", "best"])
 
     def _count_held(self) -> int:
@@ -237,12 +237,12 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         return sum(count_rows(folder) or 0 for folder in earlier)
 
     def _offline_folders(self) -> list[Path]:
-        return sorted((self.jsonl.run.path / "wandb").resolve().glob("offline-run-*"))
+        return sorted((self.files.path / "wandb").resolve().glob("offline-run-*"))
 
     def _say_where(self, uploaded: bool) -> None:
         directory = Path(self.run.settings.sync_dir)
         stored = count_rows(directory)
-        kept = f"metrics.jsonl has {self.jsonl.count()}"
+        kept = f"metrics.jsonl has {self.files.count()}"
         if stored is None:
             print(f"W&B: its file in {from_here(directory)} cannot be read back; {kept} rows", file=sys.stderr)
         elif stored < self.rows:

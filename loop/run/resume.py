@@ -1,8 +1,8 @@
 """Which checkpoint a run goes on from, and whether it may: found, verified, compared. Imports no torch.
 
 A checkpoint is a folder, `<run>/checkpoints/epoch-0002-step-00000235`: what Accelerate's `save_state` writes (weights
-in safetensors, optimizer, scaler, random states), `state.json` (Progress, what decides the weights, the run's id) and
-`manifest.json` (the SHA-256 of every file). One that is torn, or another run's, is named and left out.
+in safetensors, optimizer, scaler, random states), `state.json` (where the run stood, what decides the weights, the
+run's id) and `manifest.json` (the SHA-256 of every file). One that is torn, or another run's, is named and left out.
 """
 
 from __future__ import annotations
@@ -10,49 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from loop.config import FASHION_MNIST, Config, InputError
-from loop.folder import RunFolder, identity_of, plain
+from loop.run.folder import RunFolder, plain, run_id_of
 
 NAMES, MANIFEST, STATE, WEIGHTS = "epoch-*-step-*", "manifest.json", "state.json", "model.safetensors"
 # What a resumed run may change: where and how it is kept and watched, and how long and on what it trains.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "accumulate", "epochs", "data_dir", "cpu", "out", "run_name", "group", "tags", "notes", "log_every", "audit_every",
     "audit_fail", "wandb", "wandb_project", "wandb_entity", "check", "checkpoint_every", "resume", "ddp_timeout",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, between two steps.
-
-    epoch: the one under way, from 1. epoch_steps: how many of its steps are taken. step, examples: over the whole run.
-    rows: bytes of metrics.jsonl that belong to what was done. skipped_steps: by the fp16 scaler.
-    sums: the epoch's running (loss sum, correct, examples) of each rank.
-    """
-
-    epoch: int = 1
-    epoch_steps: int = 0
-    step: int = 0
-    examples: int = 0
-    rows: int = 0
-    skipped_steps: int = 0
-    sums: tuple[tuple[float, ...], ...] = ()
-
-    def sums_of(self, rank: int, world_size: int) -> tuple[float, ...]:
-        """Return what a rank's sums go on from: its own, or on another number of ranks all of them on rank 0."""
-        if len(self.sums) == world_size:
-            return self.sums[rank]
-        total = tuple(map(sum, zip(*self.sums, strict=True)))
-        return total if rank == 0 else (0.0,) * len(total)
-
-
 def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any]:
     """Return what decides a run's weights. Under `rank` the ranks and the micro-batches are part of it."""
-    decisive = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in FREE}
+    decisive = {
+        field.name: getattr(config, field.name) for field in fields(config) if field.name not in MAY_CHANGE_ON_RESUME
+    }
     decisive |= {"lr": config.learning_rate, "train_examples": examples}
     if config.dataset != FASHION_MNIST:
         decisive["dataset"] = Path(config.dataset).resolve()
@@ -64,25 +41,25 @@ def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any
 def is_finished(config: Config, examples: int, world_size: int, *, quiet: bool) -> bool:
     """Whether `--resume auto` has nothing left to train.
 
-    quiet: name no checkpoint that is left out. Raises InputError as `beginning` will.
+    quiet: name no checkpoint that is left out. Raises InputError as `prepare_resume` will.
     """
     if config.resume == "never":
         return False
     run = config.folder(world_size)
-    _choose(config, run, identity_of(run), examples, world_size, quiet=quiet or config.resume == "auto")
+    _choose(config, run, run_id_of(run), examples, world_size, quiet=quiet or config.resume == "auto")
     summary = run / "summary.json"
     return config.resume == "auto" and summary.is_file() and json.loads(summary.read_text())["epoch"] >= config.epochs
 
 
-def beginning(config: Config, run: RunFolder, examples: int, world_size: int) -> Path | None:
+def prepare_resume(config: Config, run: RunFolder, examples: int, world_size: int) -> Path | None:
     """Return the checkpoint that a run goes on from, None to start anew; metrics.jsonl is cut, or copied, to its rows.
 
     Raises InputError where `--resume` names no good checkpoint, or one that was trained by other rules.
     """
     if config.resume == "never":
         return None
-    checkpoint = _choose(config, run.path, run.identity, examples, world_size)
-    rows = progress_of(checkpoint).rows if checkpoint else 0
+    checkpoint = _choose(config, run.path, run.run_id, examples, world_size)
+    rows = progress_of(checkpoint)["rows"] if checkpoint else 0
     if checkpoint and config.resume != "auto":
         with rows_beside(checkpoint).open(encoding="utf-8") as source:
             run.rows.write(source.read(rows))
@@ -136,7 +113,7 @@ def find_flaw(checkpoint: Path, identity: str | None = None) -> str | None:
         state, progress = state_of(checkpoint), progress_of(checkpoint)
         if identity not in (None, state["identity"]):
             return "another run's"
-        if rows_beside(checkpoint).stat().st_size < progress.rows:
+        if rows_beside(checkpoint).stat().st_size < progress["rows"]:
             return f"{rows_beside(checkpoint)} has lost rows since"
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"no checkpoint, or torn ({error})"
@@ -153,7 +130,7 @@ def refuse_unfit(checkpoint: Path, config: Config, examples: int, world_size: in
             "give the same flags, or start a new run by another --run-name"
         )
     progress = progress_of(checkpoint)
-    begun = progress.epoch - (progress.epoch_steps == 0)
+    begun = progress["epoch"] - (progress["epoch_steps"] == 0)
     if begun > config.epochs:
         raise InputError(f"--epochs {config.epochs}: {checkpoint} is from epoch {begun}")
 
@@ -171,10 +148,9 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / STATE).read_text()))
 
 
-def progress_of(checkpoint: Path) -> Progress:
-    """Return where the run stood at a checkpoint that is whole."""
-    progress = state_of(checkpoint)["progress"]
-    return Progress(**{**progress, "sums": tuple(tuple(map(float, sums)) for sums in progress["sums"])})
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """Return where the run stood at a checkpoint that is whole, and how many bytes its rows took (loop/progress.py)."""
+    return dict(state_of(checkpoint)["progress"])
 
 
 def rows_beside(checkpoint: Path) -> Path:

@@ -1,0 +1,322 @@
+"""A run: its ranks, its folder and trackers, its stop signal and watchdog; and how it ends.
+
+`train.py` enters a `Run`; what it trains, and how, is not known here. Every known end becomes one line on stderr and an
+exit code here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from loop.config import Config
+from loop.run.launch import leave_ranks_at_exit
+from loop.run.stopping import StopSignal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from loop.audit import Reading
+
+PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
+
+
+class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to together
+    """All ranks end the run here; what it is called with says why."""
+
+    exit_code = 1
+    goes_on = True  # from its last checkpoint, if the run is started again
+
+
+class Stopped(RunEnded):
+    """All ranks agreed to stop, on a signal or because the launcher is gone."""
+
+
+class NotFinite(RunEnded):
+    """The loss has become infinite, or no number."""
+
+    goes_on = False  # resuming would diverge again
+
+
+class AuditFailed(RunEnded):
+    """An audited step was further off than `--audit-fail` allows."""
+
+
+class Run:
+    """What keeps one training, between `with` and its end; another run may follow on the same ranks.
+
+    device, rank, world_size, is_main: of this process. progress: where the run stands. exit_code: of the process.
+    After `open`: shards, the plan of an epoch; folder, its path; resume_from, the checkpoint to go on from, or None.
+    stopping: whether the ranks have agreed to stop. saved_in_epoch_s, saved_between_epochs_s: seconds that checkpoints
+    took since the last epoch row, within an epoch's training and after it.
+    """
+
+    folder: Path
+    resume_from: Path | None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.exit_code, self.stopping = 1, False
+        self.saved_in_epoch_s = self.saved_between_epochs_s = 0.0
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            self.stop = stack.enter_context(StopSignal())  # before torch, whose import takes seconds
+            self._join()
+            stack.enter_context(self.watchdog)
+            self.ends = stack.pop_all()
+        return self
+
+    def _join(self) -> None:
+        from loop.progress import Progress
+        from loop.run.launch import join_ranks, keep_freed_memory, launched_rank
+        from loop.run.wandb_tracker import make_tracker
+        from loop.run.watchdog import Watchdog
+
+        keep_freed_memory()
+        self.trackers = make_tracker(self.config) if launched_rank() == 0 else []
+        self.accelerator = join_ranks(self.config, self.trackers)
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_from_thread)
+        self.progress = Progress()
+
+    def open(self, examples: int) -> None:
+        """Plan the epochs of so many examples; make or open the run's folder, start its trackers, say what is to come.
+
+        Raises InputError where there is no such plan, or the folder cannot be had.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        from loop.run import console
+        from loop.run.folder import open_run, write_json
+        from loop.run.resume import prepare_resume
+
+        self.shards = self.config.shards(examples, self.world_size)
+        begun: list[Any] = [None, None, None]
+        if self.is_main:
+            self.files = open_run(self.config, self.world_size)
+            self.ends.callback(self.files.close)
+            checkpoint = prepare_resume(self.config, self.files, examples, self.world_size)
+            begun = [self.files.path, self.files.run_id, checkpoint]
+        self.watchdog.advance()
+        self.folder, self.run_id, self.resume_from = broadcast_object_list(begun)
+        described = self._describe()
+        if self.is_main:
+            write_json(self.folder / "config.json", described)
+            for tracker in self.trackers:
+                tracker.files = self.files
+        self.accelerator.init_trackers("", described)
+        self.stop.last_resort = self._stop_alone
+        self.accelerator.print(console.opening(self.config, self.shards, self.device.type, self.folder), flush=True)
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what config.json holds: every flag, what follows, what the run runs on. Every rank must call."""
+        import torch
+        from accelerate.utils import gather_object
+
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()} CPU"
+        return {
+            **asdict(self.config),
+            "lr": self.config.learning_rate,
+            "train_examples": self.shards.examples,
+            "world_size": self.world_size,
+            "cells": self.shards.cells,
+            "steps_per_epoch": len(self.shards.steps),
+            "tail_examples": self.shards.tail_examples,
+            "last_step_sizes": list(self.shards.steps[-1].sizes),
+            "devices": gather_object([name]),  # one a rank
+            "threads_per_rank": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "versions": {package: installed(package) for package in PACKAGES},
+            "git_commit": git_commit(),
+            "argv": sys.argv,
+            "wandb_id": self.run_id,
+        }
+
+    def prepare(self, net: nn.Module) -> nn.Module:
+        """Return the net on the run's device and in its dtype; with several ranks under DDP, its buckets settled."""
+        import torch
+
+        from loop.run.launch import prepare_net
+        from loop.updater import settle_buckets
+
+        net.register_forward_hook(lambda *_: self.watchdog.advance())
+        dtype = getattr(torch, self.config.dtype)
+        prepared = prepare_net(self.accelerator, net.to(dtype))
+        settle_buckets(prepared, torch.empty(0, 1, 28, 28, dtype=dtype, device=self.device))
+        return prepared
+
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether this rank had a signal."""
+        return self.stop.signum != 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows so far; on the main process."""
+        return self.files.read()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row to metrics.jsonl and to the trackers; the main process's counts."""
+        if self.is_main:
+            self.files.append(row)
+        self.accelerator.log(row, step=int(row["step"]))
+
+    def decide(
+        self,
+        *,
+        loss: float = 0.0,
+        stops: float = 0.0,
+        reading: Reading | None = None,
+        step: int = 0,
+        saved: bool = False,
+    ) -> None:
+        """Decide, from figures that are the same on every rank, whether the run goes on.
+
+        loss: any that was computed. stops: how many ranks had a signal: the run then saves a checkpoint, and stops when
+        it is `saved`. reading: an audit's, of a step.
+
+        Raises NotFinite, AuditFailed, Stopped.
+        """
+        if not math.isfinite(loss):
+            raise NotFinite(self._not_finite(loss))
+        if reading:
+            self._judge(reading, step)
+        self.stopping = self.stopping or stops > 0
+        if self.stopping and saved:
+            signum = self.stop.signum or signal.SIGTERM  # noted by another rank
+            why = "as the launcher is gone" if self.stop.orphaned else f"by {signal.Signals(signum).name}"
+            stopped = Stopped(f"stopped {why}")
+            stopped.exit_code = 128 + signum
+            raise stopped
+
+    def _not_finite(self, loss: float) -> str:
+        """Return what is wrong, with what to try."""
+        config, times = self.config, float(self.shards.batch_size)
+        if config.normalize == "rank":
+            times /= self.shards.cells
+        if config.target_reduction == "sum" and config.steps_by_lr:
+            lr = f"{config.learning_rate / times:.3g}"
+            remedy = f"--lr {lr} (a sum's step is {times:g} times the mean's), or --reduction mean"
+        else:
+            remedy = f"a smaller --lr than {config.learning_rate:g}"
+        return (
+            f"the loss is {loss}, under --reduction {config.reduction} --normalize {config.normalize}: "
+            f"start a new run with {remedy}; ended"
+        )
+
+    def _judge(self, reading: Reading, step: int) -> None:
+        """Raise AuditFailed for more than `--audit-fail` allows, but in a step that fp16's overflow skips."""
+        config, excess = self.config, max(reading.grad_rel_err, reading.replica_drift)
+        skipped = self.accelerator.scaler is not None and not math.isfinite(excess)
+        if config.audit_fail is not None and not excess <= config.audit_fail and not skipped:
+            raise AuditFailed(
+                f"audit failed: at step {step} rank {reading.rank}'s gradient is {reading.grad_rel_err:.3g} (relative) "
+                f"off one process's, the replicas {reading.replica_drift:.3g} apart, more than --audit-fail allows "
+                f"({config.audit_fail:g}), under --reduction {config.reduction} --normalize {config.normalize} "
+                f"--tail {config.tail} --updater {config.updater},"
+            )
+
+    def keep(self, net: nn.Module, summary: Mapping[str, Any]) -> None:
+        """Leave the final weights and the last epoch's row behind; say what came of the run."""
+        from safetensors.torch import save_file
+
+        from loop.run import console
+        from loop.run.checkpoints import failing_as_os_error
+        from loop.run.folder import write_json
+
+        if self.is_main:
+            with failing_as_os_error(self.folder):
+                save_file(self.accelerator.unwrap_model(net).state_dict(), self.folder / "model.safetensors")
+            skipped = self.progress.skipped_steps
+            write_json(self.folder / "summary.json", {**summary, "skipped_steps": skipped})
+            print(console.results(summary, skipped), console.last_batch(self.config, self.shards), sep="\n")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
+        together = error is None or isinstance(error, RunEnded)  # all ranks end
+        handled = together or self._report(error)
+        if isinstance(error, RunEnded):
+            self.exit_code = error.exit_code
+            then = f" {self.how_to_go_on()}" if error.goes_on else ""
+            self.accelerator.print(f"train.py: {error} after step {self.progress.step}.{then}", file=sys.stderr)
+        elif error is None:
+            self.exit_code = 0
+        self.stop.handled.set()
+        self._finish_trackers()
+        leave_ranks_at_exit(together=together)
+        self.ends.close()
+        return handled
+
+    def _report(self, error: BaseException | None) -> bool:
+        """Say in one line, if it is for this rank to say, why it cannot go on; return whether that is known."""
+        from loop.run.watchdog import in_one_line, is_from_backend
+
+        assert error
+        line = f"the run cannot be saved: {error}" if isinstance(error, OSError) else None
+        if is_from_backend(error):
+            cause = self.watchdog.cause() or "a collective failed"
+            line = f"{cause} (the backend: {in_one_line(error)})"
+        if self.watchdog.is_first_to_fail() and line:
+            print(f"train.py: error: {line}. {self.how_to_go_on()}", file=sys.stderr)
+        return line is not None
+
+    def _end_from_thread(self, cause: str | None) -> None:
+        """End the process, whose main thread waits in a collective. cause: None if another rank reports it."""
+        try:
+            if cause:
+                print(f"train.py: error: {cause}. {self.how_to_go_on()}", file=sys.stderr, flush=True)
+            self._finish_trackers()
+        finally:
+            os._exit(1)
+
+    def _stop_alone(self, exit_code: int) -> None:
+        """End the trackers of a process that was told to stop, and has not come to where all ranks agree on it."""
+        self.exit_code = exit_code
+        if self.is_main:
+            print(f"train.py: stopped before a step row or a checkpoint. {self.how_to_go_on()}", file=sys.stderr)
+        self._finish_trackers()  # but not the folder: a last checkpoint counts its rows
+
+    def _finish_trackers(self) -> None:
+        """End the trackers, once: as `Accelerator.end_training`, with an exit code, but the ranks' group stays."""
+        with ExitStack() as each:  # one that fails keeps no other from its end
+            while self.accelerator.trackers:
+                tracker = self.accelerator.trackers.pop()
+                tracker.exit_code = self.exit_code
+                each.callback(tracker.finish)
+
+    def how_to_go_on(self) -> str:
+        """Return in one sentence what is left of a run that failed."""
+        from loop.run.resume import how_to_go_on
+
+        return how_to_go_on(getattr(self, "folder", None))
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, with "-dirty" where it has changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
