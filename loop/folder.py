@@ -43,6 +43,12 @@ class RunFolder:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(f"--run-name {self.path.name}: another process is training this run") from None
+            except OSError as error:
+                self.discard()
+                raise InputError(
+                    f"--out {self.path.parent}: two runs could mix there, because its file system cannot lock files "
+                    f"(flock: {error.strerror}): choose a folder on another file system"
+                ) from None
             if time.monotonic() > deadline - LOCK_S + 1 and not said:
                 said = True
                 print(f"train.py: waiting for the process that trains {self.path}", file=sys.stderr, flush=True)
@@ -95,7 +101,6 @@ def open_run(config: Config, world_size: int) -> RunFolder:
         path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
         try:
             path.mkdir(parents=True)
-            return RunFolder(path, new=True)
         except OSError as error:
             if not path.is_dir():
                 raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
@@ -103,6 +108,8 @@ def open_run(config: Config, world_size: int) -> RunFolder:
                 return RunFolder(path, new=False)
             config.refuse_existing_run()
             attempt += 1
+        else:
+            return RunFolder(path, new=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -120,6 +120,26 @@ def test_a_rank_that_hangs_is_told_from_one_that_is_dead(tmp_path: Path) -> None
     assert line == "rank 1 is alive, but does not come to where the others wait: it hangs"
 
 
+NO_FLOCK = """
+import errno, fcntl, os, runpy
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--run-name", "run"], ["--run-name", "run", "--resume", "auto"]])
+def test_a_file_system_without_flock_is_one_line_and_no_folder(tmp_path: Path, flags: list[str]) -> None:
+    done = launch([PYTHON, "-c", NO_FLOCK], tmp_path, *flags)
+    assert done.stderr == (
+        f"train.py: error: --out {tmp_path}: two runs could mix there, because its file system cannot lock files "
+        "(flock: Function not implemented): choose a folder on another file system\n"
+    )
+    assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_folder_that_is_deleted_is_said_at_once(tmp_path: Path) -> None:
     with job(tmp_path, 2) as ranks:
         (tmp_path / "run").rename(tmp_path / "gone")  # at once, whatever is being written in it
