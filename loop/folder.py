@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path, self.new = path, new
-        self.rows = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self.rows = (path / "metrics.jsonl").open("ab", buffering=0)  # else close() would try a failed write again
         self._lock()
         known = identity_of(path)
         if known is None and self.rows.tell():  # a run killed before it began has no row
@@ -56,9 +56,14 @@ class RunFolder:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl. Raises OSError where it cannot be kept."""
-        self.rows.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        self.write((json.dumps(plain(row), allow_nan=False) + "\n").encode())
         if not os.fstat(self.rows.fileno()).st_nlink:
             raise OSError(f"{self.path} was deleted")
+
+    def write(self, rows: bytes) -> None:
+        """Add whole rows to metrics.jsonl. Raises OSError where it cannot hold them."""
+        while rows:
+            rows = rows[self.rows.write(rows) :]
 
     def cut(self, size: int) -> None:
         """Drop what metrics.jsonl holds past so many bytes: it will be written again."""

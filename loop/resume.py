@@ -84,8 +84,8 @@ def beginning(config: Config, run: RunFolder, examples: int, world_size: int) ->
     checkpoint = _choose(config, run.path, run.identity, examples, world_size)
     rows = progress_of(checkpoint).rows if checkpoint else 0
     if checkpoint and config.resume != "auto":
-        with rows_beside(checkpoint).open(encoding="utf-8") as source:
-            run.rows.write(source.read(rows))
+        with rows_beside(checkpoint).open("rb") as source:
+            run.write(source.read(rows))
     run.cut(rows)
     return checkpoint
 

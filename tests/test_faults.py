@@ -140,6 +140,21 @@ def test_a_file_system_without_flock_is_one_line_and_no_folder(tmp_path: Path, f
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_folder_deleted_while_wandb_is_offline_is_one_line(tmp_path: Path) -> None:
+    flags = ["--log-every", "1", "--batch-size", "8", "--run-name", "run"]
+    process = start([PYTHON, "train.py"], tmp_path, *flags, WANDB_MODE="offline")
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    stderr = process.communicate(timeout=60)[1]
+    run = tmp_path / "run"
+    assert stderr == f"train.py: error: the run cannot be saved: {run} was deleted. It has no checkpoint\n"
+    assert process.returncode == 1
+
+
 def test_a_run_folder_that_is_deleted_is_said_at_once(tmp_path: Path) -> None:
     with job(tmp_path, 2) as ranks:
         (tmp_path / "run").rename(tmp_path / "gone")  # at once, whatever is being written in it
@@ -164,6 +179,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+def test_a_disk_that_fills_up_with_rows_is_one_line(disk: Path) -> None:
+    done = launch([PYTHON, "train.py"], disk, "--log-every", "1", "--batch-size", "8", "--run-name", "run")
+    no_space = "[Errno 28] No space left on device"
+    assert done.stderr == f"train.py: error: the run cannot be saved: {no_space}. It has no checkpoint\n"
+    assert done.returncode == 1
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
