@@ -88,7 +88,7 @@ def _train(config: Config, stop: StopSignal) -> int:
     from loop.checkpoints import Checkpoints, failing_as_os_error
     from loop.data import EvalBatches, TrainBatches, load
     from loop.folder import open_run, write_json
-    from loop.heartbeat import Heartbeat, is_lost_peer
+    from loop.heartbeat import Heartbeat, is_from_backend
     from loop.nets import make_net
     from loop.runlog import RunLog
     from loop.tracking import JsonlTracker, describe, finish
@@ -167,9 +167,9 @@ def _train(config: Config, stop: StopSignal) -> int:
             if heartbeat.is_first_to_fail():
                 print(f"train.py: error: the run cannot be saved: {error}. {how_to_go_on(folder)}", file=sys.stderr)
         except RuntimeError as error:
-            if not is_lost_peer(error):
+            if not is_from_backend(error):
                 raise
-            accused = heartbeat.accuse()
+            accused = heartbeat.accuse(error)
             if accused:
                 print(f"train.py: error: {accused}. {how_to_go_on(folder)}", file=sys.stderr)
         finally:

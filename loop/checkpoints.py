@@ -25,7 +25,7 @@ from loop.audit import bare
 from loop.book import Accumulator, widest
 from loop.config import Config, InputError
 from loop.folder import write_json
-from loop.heartbeat import is_lost_peer
+from loop.heartbeat import is_from_backend
 from loop.resume import MANIFEST, NAMES, STATE, Progress, digest, mathematics, progress_of
 from loop.updater import CellUpdater
 
@@ -113,7 +113,7 @@ class Checkpoints:
             if self.replicas_differ:
                 self.module.load_state_dict(load_file(self._replica(checkpoint)))
         except Exception as error:
-            if isinstance(error, RuntimeError) and is_lost_peer(error):
+            if isinstance(error, RuntimeError) and is_from_backend(error):
                 raise
             reason = str(error).splitlines()[0]
             raise InputError(

@@ -19,6 +19,7 @@ from typing import TypeVar
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+FAILED = "a collective failed"
 BEAT_S = 1.0
 LISTEN_S = 3 * BEAT_S  # between two looks at the others
 STORE = timedelta(seconds=5)
@@ -57,13 +58,16 @@ class Heartbeat:
         """Note that this rank has failed; return whether it is for this one to say why. Takes ANSWER_S at most."""
         return self._in_time(self._note_failure, otherwise=True) if self.store else True
 
-    def accuse(self) -> str | None:
-        """Return which ranks the others lost, and why; None on ranks that need not say it, since another has.
+    def accuse(self, error: RuntimeError) -> str | None:
+        """Return the backend's error in one line, after the ranks that are to blame for it where this is certain.
 
-        To be called on each rank whose collective failed. Takes ANSWER_S at most.
+        None on ranks that need not report it, because another rank has. To be called on each rank whose collective
+        failed. Takes ANSWER_S at most.
         """
+        reason = _in_one_line(error)
         no_answer: str | None = self._lost_store()
-        return self._in_time(self._ask, no_answer) if self.store else "lost the other ranks"
+        blame = self._in_time(lambda: self._ask("Timed out" in reason), no_answer) if self.store else FAILED
+        return blame and f"{blame} (the backend: {reason})"
 
     def _in_time(self, ask: Callable[[], T], otherwise: T) -> T:
         """Return what the store answers within ANSWER_S.
@@ -87,8 +91,8 @@ class Heartbeat:
         holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         return f"rank {self.rank} lost {holder}, and with it the store that all ranks share"
 
-    def _ask(self) -> str | None:
-        """Return what `accuse` does, in as long as the store takes."""
+    def _ask(self, timed_out: bool) -> str | None:
+        """Return which ranks are to blame, FAILED for none, None as `accuse` does, in as long as the store takes."""
         assert self.store
         try:
             self.store.set(f"lost/{self.rank}", "yes")
@@ -99,13 +103,16 @@ class Heartbeat:
             return self._lost_store()
         if not self._note_failure():
             return None
-        silent = [rank for rank in range(self.world_size) if before[rank] == after[rank]]
+        silent = [rank for rank in range(self.world_size) if before[rank] == after[rank] != ""]
+        unborn = [rank for rank in range(self.world_size) if after[rank] == ""]
         hanging = [rank for rank in range(self.world_size) if lost[rank] == "no"]
         if silent:
             return f"rank {_listed(silent)} is dead, stopped, or cut off: no sign of life for {LISTEN_S:g} s"
-        if hanging:
+        if unborn:
+            return f"rank {_listed(unborn)} has not begun to train: it died at its start, or is still starting"
+        if hanging and timed_out:
             return f"rank {_listed(hanging)} is alive, but does not come to where the others wait: it hangs"
-        return "the ranks lost each other: all are alive, the network between them is not"
+        return FAILED
 
     def _beat(self) -> None:
         beats = 0
@@ -118,13 +125,21 @@ class Heartbeat:
                 return  # who needs to know finds out
 
     def _read(self, what: str) -> list[str]:
+        """Return what each rank has put there, "" for one that has not begun: `get` alone would wait for it."""
         assert self.store
-        return [bytes(self.store.get(f"{what}/{rank}")).decode() for rank in range(self.world_size)]
+        keys = [f"{what}/{rank}" for rank in range(self.world_size)]
+        return [bytes(self.store.get(key)).decode() if self.store.check([key]) else "" for key in keys]
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank did not take part."""
-    return isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)
+def is_from_backend(error: RuntimeError) -> bool:
+    """Whether the error is NCCL's, gloo's (which names its source file), or a store's: a collective has failed."""
+    return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def _in_one_line(error: RuntimeError) -> str:
+    """Return an error's first line, and the reason that NCCL adds in a later one."""
+    text = str(error)
+    return " ".join([text.splitlines()[0], *text.partition("Last error:\n")[2].splitlines()[:1]])
 
 
 def _listed(ranks: list[int]) -> str:
