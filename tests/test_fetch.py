@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,22 @@ def test_when_every_source_fails_one_message_lists_them_all(tmp_path: Path) -> N
         assert part in message
 
 
-def test_what_a_killed_fetch_left_is_cleared_away(tmp_path: Path) -> None:
+def test_only_a_download_in_which_nothing_changes_any_more_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "ABANDONED_S", 1)
     fill(tmp_path / "system", gz=True)
-    left = fetch.raw_folder(tmp_path).parent / ".fetch-killed"
-    left.mkdir(parents=True)
-    (left / "half").write_bytes(b"...")
+    folder = fetch.raw_folder(tmp_path).parent
+    killed, under_way = folder / ".fetch-killed", folder / ".fetch-under-way"
+    for scratch in (killed, under_way):
+        (scratch / "raw").mkdir(parents=True)
+        (scratch / "raw" / "half").write_bytes(b"...")
+    time.sleep(1.5)
+    with (under_way / "raw" / "half").open("ab") as half:  # by another node
+        half.write(b"...")
     fetch.fetch_fashion_mnist(tmp_path)
-    assert_good(fetch.raw_folder(tmp_path))
+    assert list(folder.glob(".fetch-*")) == [under_way]
+    assert (under_way / "raw" / "half").read_bytes() == b"......"
 
 
 def test_a_read_only_copy_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +166,6 @@ def _slow_source(log: Path):
     def source(scratch: Path) -> Path:
         with log.open("a") as file:
             file.write("fetched\n")
-        import time
-
         time.sleep(1.5)
         return fill(scratch / "unpacked")
 
