@@ -39,6 +39,7 @@ TRAINING_EXAMPLES = 60_000
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 STALL_S = 30  # a source that says nothing for so long has failed
 ABANDONED_S = 24 * 3600  # a download in which nothing has changed for so long was killed
+DOWNLOAD_BYTES = 200e6  # what a download takes on the disk, unpacked and copied to its place
 
 
 class UnavailableError(Exception):
@@ -172,7 +173,17 @@ def _system_package(_: Path) -> Path:
     return SYSTEM_FOLDER
 
 
+def _require_space(scratch: Path) -> None:
+    """Raise UnavailableError where a download may fill the disk, on which `apt-get update` hangs."""
+    free = shutil.disk_usage(scratch).free
+    if free < DOWNLOAD_BYTES:
+        raise UnavailableError(
+            f"needs up to {DOWNLOAD_BYTES / 1e6:.0f} MB, and the disk of {scratch.parent} has {free / 1e6:.0f} MB free"
+        )
+
+
 def _torchvision_download(scratch: Path) -> Path:
+    _require_space(scratch)
     _say("downloading Fashion-MNIST (30 MB) with torchvision")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_S)  # torchvision sets none, and would wait for ever
@@ -188,6 +199,7 @@ def _torchvision_download(scratch: Path) -> Path:
 
 
 def _debian_package(scratch: Path) -> Path:
+    _require_space(scratch)
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise UnavailableError(f"no {tool} on this machine")

@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 
 from loop.heartbeat import is_from_backend
 from scripts import soak
+from tests.conftest import mount
 from tests.launches import PYTHON, kill, launch, start
 
 TIMEOUT_S = 3
@@ -221,23 +222,6 @@ def test_a_run_folder_that_is_deleted_is_said_at_once(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "gone", ignore_errors=True)
         line = rank_0_says(ranks)
     assert line.startswith("train.py: error: the run cannot be saved: ")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk))
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", "--recursive", str(disk)], check=True)
-
-
-def mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True, capture_output=True)
 
 
 def test_a_disk_that_fills_up_with_rows_is_one_line(disk: Path) -> None:

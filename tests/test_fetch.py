@@ -16,6 +16,7 @@ import pytest
 from loop import fetch
 from loop.config import InputError
 
+DOWNLOADS = fetch._torchvision_download, fetch._debian_package
 CONTENT = {name: f"the content of {name}".encode() for name in fetch.SHA256}
 
 
@@ -140,6 +141,27 @@ def test_only_a_download_in_which_nothing_changes_any_more_is_cleared_away(
     fetch.fetch_fashion_mnist(tmp_path)
     assert list(folder.glob(".fetch-*")) == [under_way]
     assert (under_way / "raw" / "half").read_bytes() == b"......"
+
+
+def test_a_full_disk_is_the_reason_given(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in DOWNLOADS:
+        monkeypatch.setattr(fetch, source.__name__, source)
+    with pytest.raises(InputError) as failure:
+        fetch.fetch_fashion_mnist(disk)
+    full = f"needs up to 200 MB, and the disk of {disk / 'FashionMNIST'} has 1 MB free"
+    raw = fetch.raw_folder(disk)
+    assert str(failure.value).splitlines() == [
+        "Fashion-MNIST is not to be had. Tried, in order:",
+        f"  --data-dir, {raw}: no train-images-idx3-ubyte",
+        f"  the system's package, {tmp_path / 'system'}: not installed",
+        f"  torchvision's download: {full}",
+        f"  the Debian/Ubuntu package dataset-fashion-mnist: {full}",
+        f"Put the four files {', '.join(CONTENT)} (plain or .gz) into {raw},",
+        "or name a folder with another set: --dataset FOLDER",
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_read_only_copy_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
