@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
+from loop.run.watchdog import is_from_backend
 from scripts import soak
+from tests.conftest import mount
 from tests.launches import PYTHON, kill, launch, start
 
 TIMEOUT_S = 3
@@ -32,6 +36,7 @@ def free_port() -> str:
 def job(out: Path, world_size: int, *flags: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Ranks that train without a launcher, as an MPI or a script of one's own would start them."""
     environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # else torch warns, in its own words, that rank 0's store is gone
     ranks = [
         start([PYTHON, "train.py"], out, *FLAGS, "--ddp-timeout", str(TIMEOUT_S), *flags,
               **environ, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -51,13 +56,20 @@ def job(out: Path, world_size: int, *flags: str) -> Iterator[list[subprocess.Pop
 
 
 def ends(ranks: list[subprocess.Popen[str]], within: float) -> list[str]:
-    """What the ranks said as they ended, all with an error; one that does not end in time fails the test."""
+    """All lines of the ranks, which end with an error; one that does not end in time fails the test."""
     deadline = time.monotonic() + within
     said = []
     for rank in ranks:
         said += rank.communicate(timeout=max(0.1, deadline - time.monotonic()))[1].splitlines()
         assert rank.returncode not in (0, None)
-    return [line for line in said if line.startswith("train.py")]
+    return said
+
+
+def rank_0_says(ranks: list[subprocess.Popen[str]]) -> str:
+    """The one line of rank 0. Rank 1 may add that rank 0 is gone, as no launcher keeps the store for it to see why."""
+    line, *others = ends(ranks, within=20)
+    assert len(others) <= 1 and all("error: rank 1 lost rank 0" in other for other in others)
+    return line
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -67,83 +79,155 @@ def test_a_rank_that_dies_is_named_by_one_of_the_others(tmp_path: Path, victim: 
         said = ends([rank for rank in ranks if rank is not ranks[victim]], within=TIMEOUT_S + 15)
     line, *others = said
     if victim == 0:  # which held the store, too
-        assert "rank 1 lost rank 0, and with it the store" in line
+        assert line.startswith("train.py: error: rank 1 lost rank 0, and with it the store that all ranks share (the ")
         assert not others
     else:
-        assert all("lost rank 0" in other for other in others)  # which had spoken, and ended
-        assert line.startswith("train.py: error: rank 1 is dead, stopped, or cut off: no sign of life for 3 s. ")
-        assert "checkpoints/epoch-" in line
+        assert all("error: rank 2 lost rank 0, and with it the store" in other for other in others)  # it had ended
+        assert line.startswith("train.py: error: rank 1 is dead, stopped, or cut off: no sign of life for 3 s (the ")
+    assert re.search(r"\(the backend: \[.*/gloo/.*\] (Connection closed by peer|Read error) .*\)\. Its last", line)
+    assert "checkpoints/epoch-" in line
 
 
 def test_a_rank_that_stops_is_named_after_the_timeout(tmp_path: Path) -> None:
     with job(tmp_path, 2) as ranks:
         ranks[1].send_signal(signal.SIGSTOP)
         (line,) = ends(ranks[:1], within=TIMEOUT_S + 15)
-    assert line.startswith("train.py: error: rank 1 is dead, stopped, or cut off")
+    assert line.startswith("train.py: error: rank 1 is dead, stopped, or cut off: no sign of life for 3 s. Its last")
 
 
-HANG = """
-import sys, time
+FAULT = """
+import os, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from loop.heartbeat import Heartbeat, is_lost_peer
+from loop.config import Config
+from loop.run.run import Run
+from loop.run.watchdog import Watchdog
 dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-with Heartbeat(dist.get_rank(), 3) as heartbeat:
-    if dist.get_rank() == 1:
+fault, rank = sys.argv[1], dist.get_rank()
+if fault == "dies at its start" and rank == 1:
+    time.sleep(1)
+    os._exit(1)
+run = Run(Config())
+run.watchdog = Watchdog(rank, 3, 60, print)
+with run.watchdog:
+    if fault == "hangs" and rank == 1:
         time.sleep(60)
     try:
+        if fault == "of NCCL":
+            raise dist.DistBackendError(
+                "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, invalid usage\\n"
+                "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\\n"
+                "Last error:\\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000")
+        if fault == "of one rank":
+            if rank:
+                time.sleep(60)
+            raise dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error")
+        run.watchdog.advance()
         dist.all_reduce(torch.ones(1))
     except RuntimeError as error:
-        assert is_lost_peer(error)
-        said = heartbeat.accuse()
-        if said:
-            print(said, file=sys.stderr)
+        assert run._report(error)
         sys.exit(1)
 """
 
 
-def test_a_rank_that_hangs_is_told_from_one_that_is_dead(tmp_path: Path) -> None:
-    port = free_port()
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        (
+            "hangs",
+            r"rank 1 is alive, but does not come to where the others wait: it hangs "
+            r"\(the backend: \[.*/gloo/.*\] Timed out waiting 2000ms for recv operation to complete\)",
+        ),
+        (
+            "dies at its start",
+            r"rank 1 has not begun to train: it died at its start, or is still starting "
+            r"\(the backend: \[.*/gloo/.*\] (Connection closed by peer|Read error) .*\)",
+        ),
+        (
+            "of NCCL",
+            r"a collective failed \(the backend: NCCL error in: .*NCCLUtils\.cpp:94, invalid usage "
+            r"Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000\)",
+        ),
+        (
+            "of one rank",
+            r"a collective failed \(the backend: NCCL error in: NCCLUtils\.cpp:94, unhandled cuda error\)",
+        ),
+    ],
+)
+def test_only_a_rank_that_is_at_fault_is_accused_and_the_backend_is_quoted(fault: str, report: str) -> None:
+    """Three ranks whose store is this process's, as it is the launcher's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks = [
         subprocess.Popen(
-            [PYTHON, "-c", HANG], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "RANK": str(rank)},
+            [PYTHON, "-c", FAULT, fault], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **environ, "RANK": str(rank)},
         )
         for rank in range(3)
     ]  # fmt: skip
     try:
-        said = ranks[0].communicate(timeout=40)[1] + ranks[2].communicate(timeout=40)[1]
+        waiting = {"hangs": [1], "of one rank": [1, 2]}.get(fault, [])
+        said = "".join(rank.communicate(timeout=40)[1] for number, rank in enumerate(ranks) if number not in waiting)
     finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    (line,) = [line for line in said.splitlines() if "rank 1" in line]
-    assert line == "rank 1 is alive, but does not come to where the others wait: it hangs"
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert re.fullmatch(f"train.py: error: {report}. It has no checkpoint\n", said), said
+
+
+def test_an_error_that_only_names_a_backend_is_left_to_its_traceback() -> None:
+    assert not is_from_backend(RuntimeError("cannot read /data/NCCL or /data/gloo.idx"))
+
+
+NO_FLOCK = """
+import errno, fcntl, os, runpy
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--run-name", "run"], ["--run-name", "run", "--resume", "auto"]])
+def test_a_file_system_without_flock_is_one_line_and_no_folder(tmp_path: Path, flags: list[str]) -> None:
+    done = launch([PYTHON, "-c", NO_FLOCK], tmp_path, *flags)
+    assert done.stderr == (
+        f"train.py: error: --out {tmp_path}: two runs could mix there, because its file system cannot lock files "
+        "(flock: Function not implemented): choose a folder on another file system\n"
+    )
+    assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_deleted_while_wandb_is_offline_is_one_line(tmp_path: Path) -> None:
+    flags = ["--log-every", "1", "--batch-size", "8", "--run-name", "run"]
+    process = start([PYTHON, "train.py"], tmp_path, *flags, WANDB_MODE="offline")
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    stderr = process.communicate(timeout=60)[1]
+    run = tmp_path / "run"
+    assert stderr == f"train.py: error: the run cannot be saved: {run} was deleted. It has no checkpoint\n"
+    assert process.returncode == 1
 
 
 def test_a_run_folder_that_is_deleted_is_said_at_once(tmp_path: Path) -> None:
     with job(tmp_path, 2) as ranks:
         (tmp_path / "run").rename(tmp_path / "gone")  # at once, whatever is being written in it
         shutil.rmtree(tmp_path / "gone", ignore_errors=True)
-        first, *others = ends(ranks, within=15)
-    assert first.startswith("train.py: error: the run cannot be saved: ")
-    assert all("rank 1 lost rank 0" in line for line in others)  # no launcher kept the word that had been said
+        line = rank_0_says(ranks)
+    assert line.startswith("train.py: error: the run cannot be saved: ")
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk))
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", "--recursive", str(disk)], check=True)
-
-
-def mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True, capture_output=True)
+def test_a_disk_that_fills_up_with_rows_is_one_line(disk: Path) -> None:
+    done = launch([PYTHON, "train.py"], disk, "--log-every", "1", "--batch-size", "8", "--run-name", "run")
+    no_space = "[Errno 28] No space left on device"
+    assert done.stderr == f"train.py: error: the run cannot be saved: {no_space}. It has no checkpoint\n"
+    assert done.returncode == 1
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
@@ -151,18 +235,20 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> N
         with (disk / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
             while True:
                 ballast.write(bytes(4096))
-        line, *_ = ends(ranks, within=20)
+        line = rank_0_says(ranks)
+    assert line.startswith("train.py: error: the run cannot be saved: ")
     assert "No space left on device" in line
-    assert "is kept: --run-name run --resume auto goes on" in line
+    assert line.endswith("is kept: --run-name run --resume auto goes on")
 
 
 def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
     with job(disk, 2, "--checkpoint-every", "5") as ranks:
         mount("--bind", str(disk / "run"), str(disk / "run"))  # the kernel makes no disk read-only while it is in use,
         mount("-o", "remount,ro,bind", str(disk / "run"))  # but what is opened from here on is
-        line, *_ = ends(ranks, within=20)
+        line = rank_0_says(ranks)
+    assert line.startswith("train.py: error: the run cannot be saved: ")
     assert "Read-only file system" in line
-    assert "is kept: --run-name run --resume auto goes on" in line
+    assert line.endswith("is kept: --run-name run --resume auto goes on")
 
 
 def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -214,7 +300,7 @@ def test_an_occupied_port_is_one_line(tmp_path: Path) -> None:
         environ = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         done = launch([PYTHON, "train.py"], tmp_path, **environ)
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+    (line,) = done.stderr.splitlines()
     assert f"the ranks cannot join each other at 127.0.0.1:{port}" in line
     assert not list(tmp_path.iterdir())
 

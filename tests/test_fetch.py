@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from loop import fetch
 from loop.config import InputError
 
+DOWNLOADS = fetch._torchvision_download, fetch._debian_package
 CONTENT = {name: f"the content of {name}".encode() for name in fetch.SHA256}
 
 
@@ -123,13 +125,43 @@ def test_when_every_source_fails_one_message_lists_them_all(tmp_path: Path) -> N
         assert part in message
 
 
-def test_what_a_killed_fetch_left_is_cleared_away(tmp_path: Path) -> None:
+def test_only_a_download_in_which_nothing_changes_any_more_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "ABANDONED_S", 1)
     fill(tmp_path / "system", gz=True)
-    left = fetch.raw_folder(tmp_path).parent / ".fetch-killed"
-    left.mkdir(parents=True)
-    (left / "half").write_bytes(b"...")
+    folder = fetch.raw_folder(tmp_path).parent
+    killed, under_way = folder / ".fetch-killed", folder / ".fetch-under-way"
+    for scratch in (killed, under_way):
+        (scratch / "raw").mkdir(parents=True)
+        (scratch / "raw" / "half").write_bytes(b"...")
+    time.sleep(1.5)
+    with (under_way / "raw" / "half").open("ab") as half:  # by another node
+        half.write(b"...")
     fetch.fetch_fashion_mnist(tmp_path)
-    assert_good(fetch.raw_folder(tmp_path))
+    assert list(folder.glob(".fetch-*")) == [under_way]
+    assert (under_way / "raw" / "half").read_bytes() == b"......"
+
+
+def test_a_full_disk_is_the_reason_given(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in DOWNLOADS:
+        monkeypatch.setattr(fetch, source.__name__, source)
+    with pytest.raises(InputError) as failure:
+        fetch.fetch_fashion_mnist(disk)
+    full = f"needs up to 200 MB, and the disk of {disk / 'FashionMNIST'} has 1 MB free"
+    raw = fetch.raw_folder(disk)
+    assert str(failure.value).splitlines() == [
+        "Fashion-MNIST is not to be had. Tried, in order:",
+        f"  --data-dir, {raw}: no train-images-idx3-ubyte",
+        f"  the system's package, {tmp_path / 'system'}: not installed",
+        f"  torchvision's download: {full}",
+        f"  the Debian/Ubuntu package dataset-fashion-mnist: {full}",
+        f"Put the four files {', '.join(CONTENT)} (plain or .gz) into {raw},",
+        "or name a folder with another set: --dataset FOLDER",
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_read_only_copy_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +188,6 @@ def _slow_source(log: Path):
     def source(scratch: Path) -> Path:
         with log.open("a") as file:
             file.write("fetched\n")
-        import time
-
         time.sleep(1.5)
         return fill(scratch / "unpacked")
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -38,6 +38,8 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 TRAINING_EXAMPLES = 60_000
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 STALL_S = 30  # a source that says nothing for so long has failed
+ABANDONED_S = 24 * 3600  # a download in which nothing has changed for so long was killed
+DOWNLOAD_BYTES = 200e6  # what a download takes on the disk, unpacked and copied to its place
 
 
 class UnavailableError(Exception):
@@ -115,8 +117,7 @@ def _fetch(raw: Path, problems: dict[str, str]) -> None:
         ("torchvision's download", _torchvision_download),
         (f"the Debian/Ubuntu package {DEBIAN_PACKAGE}", _debian_package),
     ]
-    for abandoned in raw.parent.glob(".fetch-*"):  # by a fetch that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
+    _remove_abandoned(raw.parent)
     failures = []
     for description, source in sources:
         with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".fetch-", ignore_cleanup_errors=True) as scratch:
@@ -134,6 +135,14 @@ def _fetch(raw: Path, problems: dict[str, str]) -> None:
         + f"\nPut the four files {', '.join(SHA256)} (plain or .gz) into {raw},"
         + "\nor name a folder with another set: --dataset FOLDER"
     )
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed downloads left; one that is under way on another node, which may not share the lock, stays."""
+    for scratch in folder.glob(".fetch-*"):
+        with suppress(OSError):  # it ends while we look
+            if time.time() - max(path.lstat().st_ctime for path in (scratch, *scratch.rglob("*"))) > ABANDONED_S:
+                shutil.rmtree(scratch)
 
 
 def _install(folder: Path, raw: Path, names: list[str]) -> None:
@@ -164,7 +173,17 @@ def _system_package(_: Path) -> Path:
     return SYSTEM_FOLDER
 
 
+def _require_space(scratch: Path) -> None:
+    """Raise UnavailableError where a download may fill the disk, on which `apt-get update` hangs."""
+    free = shutil.disk_usage(scratch).free
+    if free < DOWNLOAD_BYTES:
+        raise UnavailableError(
+            f"needs up to {DOWNLOAD_BYTES / 1e6:.0f} MB, and the disk of {scratch.parent} has {free / 1e6:.0f} MB free"
+        )
+
+
 def _torchvision_download(scratch: Path) -> Path:
+    _require_space(scratch)
     _say("downloading Fashion-MNIST (30 MB) with torchvision")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_S)  # torchvision sets none, and would wait for ever
@@ -180,6 +199,7 @@ def _torchvision_download(scratch: Path) -> Path:
 
 
 def _debian_package(scratch: Path) -> Path:
+    _require_space(scratch)
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise UnavailableError(f"no {tool} on this machine")

@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path, self.new = path, new
-        self.rows = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self.rows = (path / "metrics.jsonl").open("ab", buffering=0)  # else close() would try a failed write again
         self._lock()
         known = run_id_of(path)
         if known is None and self.rows.tell():  # a run killed before it began has no row
@@ -43,6 +43,12 @@ class RunFolder:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(f"--run-name {self.path.name}: another process is training this run") from None
+            except OSError as error:
+                self.discard()
+                raise InputError(
+                    f"--out {self.path.parent}: two runs could mix there, because its file system cannot lock files "
+                    f"(flock: {error.strerror}): choose a folder on another file system"
+                ) from None
             if time.monotonic() > deadline - LOCK_S + 1 and not said:
                 said = True
                 print(f"train.py: waiting for the process that trains {self.path}", file=sys.stderr, flush=True)
@@ -50,9 +56,14 @@ class RunFolder:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl. Raises OSError where it cannot be kept."""
-        self.rows.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        self.write((json.dumps(plain(row), allow_nan=False) + "\n").encode())
         if not os.fstat(self.rows.fileno()).st_nlink:
             raise OSError(f"{self.path} was deleted")
+
+    def write(self, rows: bytes) -> None:
+        """Add whole rows to metrics.jsonl. Raises OSError where it cannot hold them."""
+        while rows:
+            rows = rows[self.rows.write(rows) :]
 
     def cut(self, size: int) -> None:
         """Drop what metrics.jsonl holds past so many bytes: it will be written again."""
@@ -99,7 +110,6 @@ def open_run(config: Config, world_size: int) -> RunFolder:
         path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
         try:
             path.mkdir(parents=True)
-            return RunFolder(path, new=True)
         except OSError as error:
             if not path.is_dir():
                 raise InputError(f"--out {config.out}: cannot make the run's folder: {error}") from None
@@ -107,6 +117,8 @@ def open_run(config: Config, world_size: int) -> RunFolder:
                 return RunFolder(path, new=False)
             config.refuse_existing_run()
             attempt += 1
+        else:
+            return RunFolder(path, new=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

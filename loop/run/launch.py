@@ -91,7 +91,10 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
             # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override the plain number
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
             log_with=trackers or None,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
+            # Longer than the watchdog's: NCCL answers its own by SIGABRT.
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout + max(config.ddp_timeout, 30)))
+            ],
         )
     except ValueError as error:  # InputError among them
         raise InputError(str(error)) from None

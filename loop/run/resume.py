@@ -61,17 +61,17 @@ def prepare_resume(config: Config, run: RunFolder, examples: int, world_size: in
     checkpoint = _choose(config, run.path, run.run_id, examples, world_size)
     rows = progress_of(checkpoint)["rows"] if checkpoint else 0
     if checkpoint and config.resume != "auto":
-        with rows_beside(checkpoint).open(encoding="utf-8") as source:
-            run.rows.write(source.read(rows))
+        with rows_beside(checkpoint).open("rb") as source:
+            run.write(source.read(rows))
     run.cut(rows)
     return checkpoint
 
 
 def _choose(
-    config: Config, run: Path, identity: str | None, examples: int, world_size: int, *, quiet: bool = False
+    config: Config, run: Path, run_id: str | None, examples: int, world_size: int, *, quiet: bool = False
 ) -> Path | None:
     auto = config.resume == "auto"
-    checkpoint = newest(run, identity, quiet=quiet) if auto else given(config, quiet=quiet)
+    checkpoint = newest(run, run_id, quiet=quiet) if auto else given(config, quiet=quiet)
     if checkpoint:
         refuse_unfit(checkpoint, config, examples, world_size)
     return checkpoint
@@ -91,10 +91,10 @@ def given(config: Config, *, quiet: bool = False) -> Path:
     return path
 
 
-def newest(run: Path, identity: str | None = None, *, quiet: bool = False) -> Path | None:
+def newest(run: Path, run_id: str | None = None, *, quiet: bool = False) -> Path | None:
     """Return a run's newest good checkpoint; says on stderr which newer ones are left out, and why."""
     for checkpoint in sorted((run / "checkpoints").glob(NAMES), reverse=True):
-        flaw = find_flaw(checkpoint, identity)
+        flaw = find_flaw(checkpoint, run_id)
         if flaw is None:
             return checkpoint
         if not quiet:
@@ -102,8 +102,8 @@ def newest(run: Path, identity: str | None = None, *, quiet: bool = False) -> Pa
     return None
 
 
-def find_flaw(checkpoint: Path, identity: str | None = None) -> str | None:
-    """Return in a few words why a checkpoint cannot be used, None if it is whole; identity: the run's it must be."""
+def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
+    """Return in a few words why a checkpoint cannot be used, None if it is whole; run_id: the run's it must be."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         torn = [name for name, its_digest in manifest.items() if digest(checkpoint / name) != its_digest]
@@ -111,7 +111,7 @@ def find_flaw(checkpoint: Path, identity: str | None = None) -> str | None:
         if torn:
             return f"torn: {', '.join(torn)} is not what was written"
         state, progress = state_of(checkpoint), progress_of(checkpoint)
-        if identity not in (None, state["identity"]):
+        if run_id not in (None, state["identity"]):
             return "another run's"
         if rows_beside(checkpoint).stat().st_size < progress["rows"]:
             return f"{rows_beside(checkpoint)} has lost rows since"

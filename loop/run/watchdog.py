@@ -106,7 +106,7 @@ class Watchdog:
         try:
             return bool(self.store.add("failed", 1) == 1)
         except RuntimeError:
-            return False
+            return True  # without the store, each rank says what it has lost
 
     def _lost_store(self) -> str:
         holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
