@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import tyro
 
-from loop.reduction import Normalize, Reduction, example_weights, sgd_batch_size
+from loop.reduction import Normalize, Reduction
 from loop.shards import Shards, Tail
 
 DEFAULT_SGD_LR = {"softmax": 0.1, "mlp": 0.1, "lenet": 0.9}  # the book's
@@ -122,27 +122,6 @@ class Config:
             return self.lr
         return DEFAULT_SGD_LR[self.net] if self.optimizer == "sgd" else DEFAULT_ADAM_LR
 
-    @property
-    def steps_by_lr(self) -> bool:
-        """Whether a step's length is the learning rate times the gradient's: not under Adam, AdamW or clipping."""
-        return self.optimizer == "sgd" and self.clip_norm is None
-
-    def effective_lr(self, sizes: Sequence[int], world_size: int) -> float:
-        """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
-
-        Meaningful where `steps_by_lr` holds.
-
-        sizes: examples in each cell of the step, micro-batch by micro-batch, rank by rank. Where the scratch updater's
-        ranks differ, it is rank 0's.
-        """
-        weights = self.applied_weights(sizes, world_size)
-        return self.learning_rate * sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-
-    @property
-    def target_reduction(self) -> Reduction:
-        """What a step is meant to apply: scratch divides its sum, so only `torch.optim` after a sum applies the sum."""
-        return "sum" if self.reduction == "sum" and self.updater == "torch" else "mean"
-
     def logs(self, step: int) -> bool:
         """Whether a step, counted from 1, gets a row for --log-every."""
         return step % self.log_every == 0
@@ -154,20 +133,6 @@ class Config:
     def saves(self, step: int) -> bool:
         """Whether a step, counted from 1, is followed by a checkpoint, beside those at the epochs' ends."""
         return self.checkpoint_every > 0 and step % self.checkpoint_every == 0
-
-    def applied_weights(self, sizes: Sequence[int], world_size: int) -> list[float]:
-        """Return the weight of one example of each cell in rank 0's update: every rank's, but for `divisors`."""
-        divisor = self.divisors(sizes, world_size)[0] or math.inf
-        return [weight / divisor for weight in example_weights(self.reduction, self.normalize, sizes)]
-
-    def divisors(self, sizes: Sequence[int], world_size: int) -> list[int]:
-        """Return what each rank's updater divides the gradient by: torch's by 1; 0 stands for no update."""
-        if self.updater == "torch":
-            return [1] * world_size
-        n = sum(sizes)
-        return [
-            sgd_batch_size(self.reduction, self.normalize, n_last=n_last, n_global=n) for n_last in sizes[-world_size:]
-        ]
 
     def shards(self, examples: int, world_size: int) -> Shards:
         """Return the epoch's plan for so many training examples; raises InputError where there is none."""

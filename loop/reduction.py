@@ -18,7 +18,9 @@ your backward divides by K, as Accelerate's does):
     n = global_count(sum(len(y) for x, y in micro_batches), device)      # over ranks and micro-batches
     for x, y in micro_batches:
         losses = cross_entropy(net(x), y, reduction="none")
-        cell_loss(losses, n_global=n, averaged_over=W).backward()
+        cell_backward(losses, n_global=n, averaged_over=W)
+
+`cell_loss` is the same as a scalar, for a framework that back-propagates by itself (`accelerator.backward`).
 
 Where losses are masked or weighted, count weights instead of examples: `losses` holds weighted losses (0 where masked)
 and `n_global` the sum of the weights. The classical statement is Goyal et al. 2017 (arXiv:1706.02677), remark 3.
@@ -26,7 +28,6 @@ and `n_global` the sum of the weights. The classical statement is Goyal et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the arithmetic below also serves programs that never load torch
@@ -63,14 +64,26 @@ def cell_loss(
     averaged_over: how many cells the framework averages the gradient over: 1, W, or W K (module docstring).
     n_local: the same count for this cell alone, used by `normalize="rank"`; by default the number of losses.
     """
-    scale = cell_scale(
-        reduction,
-        normalize,
-        n_local=losses.numel() if n_local is None else n_local,
-        n_global=n_global,
-        averaged_over=averaged_over,
-    )
-    return losses.sum() * scale
+    return losses.sum() * _scale_of(losses, n_global, averaged_over, reduction, normalize, n_local)
+
+
+def cell_backward(
+    losses: torch.Tensor,
+    *,
+    n_global: Count,
+    averaged_over: int,
+    reduction: Reduction = "mean",
+    normalize: Normalize = "global",
+    n_local: Count | None = None,
+) -> None:
+    """Back-propagate a cell: `cell_loss(losses, ...).backward()`, without building the sum and the product first.
+
+    The gradient of each loss is one number, s_rk; it is handed to `losses.backward`.
+    """
+    import torch
+
+    scale = _scale_of(losses, n_global, averaged_over, reduction, normalize, n_local)
+    losses.backward(torch.ones_like(losses) * scale)
 
 
 def global_count(local: Count, device: torch.device | str) -> torch.Tensor:
@@ -101,26 +114,16 @@ def global_count(local: Count, device: torch.device | str) -> torch.Tensor:
     return total
 
 
-def sgd_batch_size(reduction: Reduction, normalize: Normalize, *, n_last: int, n_global: int) -> int:
-    """Return what the book's `sgd(params, lr, batch_size)` is to divide by; 0 means: make no update.
-
-    After a mean loss nothing is left to divide by. After a sum, `global` divides by n on every rank: the exact mean;
-    `rank` by the rank's own last micro-batch, n_last: where those differ the replicas drift apart.
-    """
-    if normalize == "global":
-        return n_global if reduction == "sum" else 1
-    return n_last if reduction == "sum" else min(n_last, 1)
-
-
-def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[int]) -> list[float]:
-    """Return the weight of one example of each cell in the step's gradient; 1/n is an exact mean's.
-
-    sizes: examples in each of the step's cells. The weights times the sizes add up to the step's length in units of the
-    mean gradient's where all examples agree: 1 for a mean, n for a sum.
-    """
-    n, cells = sum(sizes), len(sizes)
-    scales = (cell_scale(reduction, normalize, n_local=s, n_global=n, averaged_over=cells) for s in sizes)
-    return [float(scale) / cells for scale in scales]
+def _scale_of(
+    losses: torch.Tensor,
+    n_global: Count,
+    averaged_over: int,
+    reduction: Reduction,
+    normalize: Normalize,
+    n_local: Count | None,
+) -> Count:
+    n_local = losses.numel() if n_local is None else n_local
+    return cell_scale(reduction, normalize, n_local=n_local, n_global=n_global, averaged_over=averaged_over)
 
 
 def _nonzero(count: Count) -> Count:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -11,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from loop.audit import Audit
 from loop.book import Loss, sgd
 from loop.config import Config
+from loop.effect import sgd_batch_size, target_reduction
 from loop.progress import Progress
-from loop.reduction import cell_scale, sgd_batch_size
+from loop.reduction import cell_backward, cell_loss
 from loop.shards import Cell
 
 
@@ -49,18 +52,14 @@ class CellUpdater:
 
     def backward(self, l: Tensor) -> None:
         """Back-propagate the cell's loss; DDP's all-reduce divides by W. l: one loss an example."""
-        step, config = self.cell.step, self.config
-        scale = cell_scale(
-            config.reduction,
-            config.normalize,
-            n_local=l.numel(),
-            n_global=step.n_global,
-            averaged_over=len(step.sizes),
-        )
+        config, n_global, cells = self.config, self.cell.step.n_global, len(self.cell.step.sizes)
+        mode: Any = {"reduction": config.reduction, "normalize": config.normalize, "n_global": n_global}
         if isinstance(self.optimizer, AcceleratedOptimizer):  # its backward divides by K, and scales fp16's loss
-            self.accelerator.backward(l.sum() * scale)  # `cell_loss`
-        else:  # its gradient / K, one number for every loss, handed in: no graph is built above l
-            l.backward(torch.full_like(l, float(scale / config.accumulate)))
+            self.accelerator.backward(cell_loss(l, averaged_over=cells, **mode))
+        elif config.normalize == "rank" and config.accumulate > 1:  # and divides by K here, as Accelerate would
+            cell_backward(l / config.accumulate, averaged_over=cells, **mode)
+        else:
+            cell_backward(l, averaged_over=cells // config.accumulate, **mode)
 
     def step(self, batch_size: int) -> None:
         """Take the optimiser's step after the step's last cell. batch_size: examples in this rank's last cell."""
@@ -101,7 +100,7 @@ class Audited:
 
     def __init__(self, updater: CellUpdater, loss: Loss) -> None:
         self.updater, self.net = updater, updater.net
-        self.audit = Audit(updater.net, loss, updater.config.target_reduction)
+        self.audit = Audit(updater.net, loss, target_reduction(updater.config))
 
     @property
     def grad_norm(self) -> Tensor:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from loop.config import Config
+from loop.effect import divisors, effect, effective_lr
 from loop.run import console
 from loop.shards import Shards
-from scripts.explain import effect
 from scripts.probes import distance, flags_of, last, pick
 from scripts.runs import Run
 
@@ -100,7 +100,7 @@ def weight(run: Run) -> str:
     sizes, ranks = shards.steps[-1].sizes, shards.world_size
     light, heavy, *_ = effect(config, sizes, ranks)
     words = in_ns(light) if light == heavy else f"{in_ns(light)} to {in_ns(heavy)}"
-    still = [rank for rank, divisor in enumerate(config.divisors(sizes, ranks)) if divisor == 0]
+    still = [rank for rank, divisor in enumerate(divisors(config, sizes, ranks)) if divisor == 0]
     if not still:
         return words
     moving = [rank for rank in range(ranks) if rank not in still]
@@ -121,7 +121,7 @@ def listed(ranks: Sequence[int]) -> str:
 def last_effect(run: Run) -> str:
     """Return the effective learning rate of the epoch's last step."""
     shards = shards_of(run)
-    return f"{flags_of(run).effective_lr(shards.steps[-1].sizes, shards.world_size):g}"
+    return f"{effective_lr(flags_of(run), shards.steps[-1].sizes, shards.world_size):g}"
 
 
 def shards_of(run: Run) -> Shards:

@@ -20,9 +20,9 @@ from functools import partial
 import numpy as np
 
 from loop.config import Config
+from loop.effect import effect
 from loop.shards import Shards, Tail
 from scripts.cost_ranks import BATCH, EXAMPLES, NETS, measure, seconds
-from scripts.explain import effect
 
 LOG_EVERY = 50
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

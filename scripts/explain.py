@@ -13,33 +13,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from loop.config import Config, InputError
-from loop.reduction import Normalize, Reduction, example_weights
+from loop.effect import effect, example_weights
+from loop.reduction import Normalize, Reduction
 from loop.shards import Shards, Tail, sizes_in_words
 
 LONGEST = 60  # characters of a list of sizes
-
-
-class Effect(NamedTuple):
-    """What a mode makes of a step. lightest, heaviest: weight of an example, times n. length: over the exact mean's."""
-
-    lightest: float
-    heaviest: float
-    length: float
-    lr_effective: float
-    drifts: bool
-
-
-def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
-    """Return what the configuration's mode makes of a step dealt to cells of these sizes."""
-    n, divisors = sum(sizes), config.divisors(sizes, world_size)
-    weights = config.applied_weights(sizes, world_size)
-    applied = [weight * n for weight, size in zip(weights, sizes, strict=True) if size]
-    lr_effective = config.effective_lr(sizes, world_size)
-    length = lr_effective / config.learning_rate
-    return Effect(min(applied), max(applied), length, lr_effective, len(set(divisors)) > 1)
 
 
 def distributed_sampler(examples: int, batch_size: int, world_size: int) -> tuple[list[int], int]:

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from loop.book import BookUpdater, evaluate, train_epoch_ch3
 from loop.config import Config, parse
 from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order, load
+from loop.effect import effect
 from loop.nets import make_net
 from loop.reduction import Normalize, Reduction, cell_loss
 from loop.run.fetch import provide
 from loop.shards import Shards, Tail
-from scripts.explain import effect
 from scripts.runs import Run, read_config
 
 Runs = Mapping[str, Sequence[Run]]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import train
 from loop.config import Config, InputError, parse
+from loop.effect import effective_lr
 from loop.run.resume import is_finished
 
 REFUSED = [
@@ -156,7 +157,7 @@ def test_the_default_learning_rates_are_the_books() -> None:
     ],
 )
 def test_effective_learning_rate(flags: dict[str, str], lr_effective: float) -> None:
-    assert Config(**flags).effective_lr((4, 3, 0), world_size=3) == pytest.approx(lr_effective, rel=1e-12)
+    assert effective_lr(Config(**flags), (4, 3, 0), world_size=3) == pytest.approx(lr_effective, rel=1e-12)
 
 
 FLAGS = sorted(f"--{name.replace('_', '-')}" for name in Config.__dataclass_fields__)

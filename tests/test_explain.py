@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler
 
 from loop.config import Config
+from loop.effect import divisors, effect
 from loop.shards import Shards
-from scripts.explain import distributed_sampler, effect, explain, main, modes
+from scripts.explain import distributed_sampler, explain, main, modes
 
 
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 9))
@@ -42,7 +43,7 @@ def test_effects_are_those_of_the_examples_one_by_one(
             for _ in range(size):
                 in_cell = {("mean", "rank"): 1 / size, ("mean", "global"): cells / examples, ("sum", "rank"): 1.0}
                 in_step = in_cell.get((mode.reduction, mode.normalize), cells) / cells
-                divisor = mode.divisors(sizes, world_size)[0]
+                divisor = divisors(mode, sizes, world_size)[0]
                 weights.append(in_step / divisor if divisor else 0.0)
         ours = effect(mode, sizes, world_size)
         assert ours.lightest == pytest.approx(min(weights) * examples, rel=1e-12)

@@ -16,7 +16,8 @@ from torch import nn
 from loop.book import evaluate, train_epoch_ch3
 from loop.config import InputError
 from loop.data import EvalBatches, Split
-from loop.reduction import Normalize, Reduction, example_weights
+from loop.effect import example_weights
+from loop.reduction import Normalize, Reduction
 from scripts import figures, gallery, probes
 from scripts.runs import Run
 from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here

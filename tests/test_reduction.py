@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.config import Config
 from loop.data import as_floats, epoch_order
+from loop.effect import example_weights, sgd_batch_size
 from loop.nets import make_net
-from loop.reduction import cell_loss, example_weights, global_count, sgd_batch_size
+from loop.reduction import cell_backward, cell_loss, global_count
 from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here, train_plainly
 from tests.ranks import World
 
@@ -210,3 +211,19 @@ def test_global_count_sums_over_ranks_and_leaves_the_callers_tensor(world: Calla
     assert [float(n) for n in world(3).run(counted, local)] == [7.5] * 3
     assert [int(n) for n in world(2).run(counted, 2**40 + 1)] == [2**41 + 2] * 2
     assert float(counted(local)) == float(local) == 2.5
+
+
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize(("reduction", "normalize"), MODES)
+def test_a_cell_handed_in_is_the_cells_loss_back_propagated(reduction: str, normalize: str, size: int) -> None:
+    """By hand: 12 examples on 4 cells, this one of `size`; the loss of example i is w i, and its gradient i."""
+    scale = {
+        ("mean", "rank"): 1 / 3, ("mean", "global"): 4 / 12, ("sum", "rank"): 1, ("sum", "global"): 4,
+    }[reduction, normalize]  # fmt: skip
+    for n_global in (12, torch.tensor(12.0, dtype=torch.float64)):
+        mode: Any = {"n_global": n_global, "averaged_over": 4, "reduction": reduction, "normalize": normalize}
+        weights = [torch.ones((), requires_grad=True) for _ in range(2)]
+        losses = [weight * torch.arange(size, dtype=torch.float32) for weight in weights]
+        cell_loss(losses[0], **mode).backward()
+        cell_backward(losses[1], **mode)
+        assert [float(w.grad) for w in weights] == pytest.approx([scale * sum(range(size))] * 2, rel=1e-6)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from loop.book import unmet_thresholds
 from loop.config import Config
+from loop.effect import applied_weights, effective_lr, steps_by_lr
+from loop.effect import divisors as divisors_of
 from loop.shards import Shards, sizes_in_words
 
 
@@ -43,7 +45,7 @@ def last_batch(config: Config, shards: Shards) -> str:
     """Return one plain sentence on what the all-reduce did to the epoch's last batch."""
     sizes, ranks = shards.steps[-1].sizes, shards.world_size
     n, census = sum(sizes), shards.census
-    weights, divisors = config.applied_weights(sizes, ranks), config.divisors(sizes, ranks)
+    weights, divisors = applied_weights(config, sizes, ranks), divisors_of(config, sizes, ranks)
     cells = [(size, weight * n) for size, weight in zip(sizes, weights, strict=True) if size]
     (smallest, light), (largest, heavy) = min(cells), max(cells)
 
@@ -56,8 +58,8 @@ def last_batch(config: Config, shards: Shards) -> str:
     elif shards.cells > 1:
         weighed += " in every cell"
     text = f"An epoch's last step took {n} example(s) {dealt}: {weighed}"
-    if config.steps_by_lr:
-        text += f", effective learning rate {config.effective_lr(sizes, ranks):.4g} (--lr {config.learning_rate:g})"
+    if steps_by_lr(config):
+        text += f", effective learning rate {effective_lr(config, sizes, ranks):.4g} (--lr {config.learning_rate:g})"
     if len(set(divisors)) > 1:
         text += f"; so on rank 0, but the ranks divided by {sizes_in_words(divisors)}, and drifted apart"
     if census.duplicated:

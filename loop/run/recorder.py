@@ -11,6 +11,7 @@ from tqdm import tqdm
 from loop.animator import Animator
 from loop.audit import replica_drift
 from loop.book import CURVES, Accumulator, Epoch
+from loop.effect import effective_lr, steps_by_lr
 from loop.progress import Progress
 from loop.run.run import Run
 from loop.shards import Cell
@@ -74,8 +75,8 @@ class Recorder:
             self._show(loss, acc, (self.bar.format_dict["rate"] or 0.0) * self.config.batch_size)
             row |= {"step/loss": loss, "step/grad_norm": float(self.updater.grad_norm)}
         row |= {"step/n_global": sum(sizes), "step/n_min": min(sizes), "step/n_max": max(sizes)}
-        if self.config.steps_by_lr:
-            row["step/lr_effective"] = self.config.effective_lr(sizes, self.run.world_size)
+        if steps_by_lr(self.config):
+            row["step/lr_effective"] = effective_lr(self.config, sizes, self.run.world_size)
         if audited:
             self.unread.append(row)
         if due or self.config.audit_fail is not None:

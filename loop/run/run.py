@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loop.config import Config
+from loop.effect import steps_by_lr, target_reduction
 from loop.run.launch import leave_ranks_at_exit
 from loop.run.stopping import StopSignal
 
@@ -208,7 +209,7 @@ class Run:
         config, times = self.config, float(self.shards.batch_size)
         if config.normalize == "rank":
             times /= self.shards.cells
-        if config.target_reduction == "sum" and config.steps_by_lr:
+        if target_reduction(config) == "sum" and steps_by_lr(config):
             lr = f"{config.learning_rate / times:.3g}"
             remedy = f"--lr {lr} (a sum's step is {times:g} times the mean's), or --reduction mean"
         else:

@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 from accelerate.tracking import GeneralTracker
 
 from loop.config import Config, InputError
-from loop.reduction import example_weights
+from loop.effect import divisors as divisors_of
+from loop.effect import example_weights
 from loop.run.folder import RunFolder, plain
 
 PROJECT = "chapter3-data-parallel"
@@ -180,7 +181,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
         sizes, ranks = values["last_step_sizes"], values["world_size"]
         weights = example_weights(self.config.reduction, self.config.normalize, sizes)
-        divisors = self.config.divisors(sizes, ranks)
+        divisors = divisors_of(self.config, sizes, ranks)
         rows = [
             [i % ranks, i // ranks, size, weight * sum(sizes), divisors[i % ranks]]
             for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))

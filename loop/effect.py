@@ -1,0 +1,87 @@
+"""What a mode makes of a step: what an example weighs, what updaters divide by, the effective learning rate. No torch.
+
+A step's sizes are the examples in each of its cells, micro-batch by micro-batch, rank by rank (loop/shards.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from loop.config import Config
+from loop.reduction import Normalize, Reduction, cell_scale
+
+
+class Effect(NamedTuple):
+    """What a mode makes of a step. lightest, heaviest: weight of an example, times n. length: over the exact mean's."""
+
+    lightest: float
+    heaviest: float
+    length: float
+    lr_effective: float
+    drifts: bool
+
+
+def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
+    """Return what the configuration's mode makes of a step of these sizes."""
+    n, weights = sum(sizes), applied_weights(config, sizes, world_size)
+    applied = [weight * n for weight, size in zip(weights, sizes, strict=True) if size]
+    lr = effective_lr(config, sizes, world_size)
+    drifts = len(set(divisors(config, sizes, world_size))) > 1
+    return Effect(min(applied), max(applied), lr / config.learning_rate, lr, drifts)
+
+
+def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[int]) -> list[float]:
+    """Return the weight of one example of each cell in the step's gradient; 1/n is an exact mean's.
+
+    The weights times the sizes add up to the step's length in units of the mean gradient's where all examples agree: 1
+    for a mean, n for a sum.
+    """
+    n, cells = sum(sizes), len(sizes)
+    scales = (cell_scale(reduction, normalize, n_local=s, n_global=n, averaged_over=cells) for s in sizes)
+    return [float(scale) / cells for scale in scales]
+
+
+def sgd_batch_size(reduction: Reduction, normalize: Normalize, *, n_last: int, n_global: int) -> int:
+    """Return what the book's `sgd(params, lr, batch_size)` is to divide by; 0 means: make no update.
+
+    After a mean loss nothing is left to divide by. After a sum, `global` divides by n on every rank: the exact mean;
+    `rank` by the rank's own last micro-batch, n_last: where those differ the replicas drift apart.
+    """
+    if normalize == "global":
+        return n_global if reduction == "sum" else 1
+    return n_last if reduction == "sum" else min(n_last, 1)
+
+
+def divisors(config: Config, sizes: Sequence[int], world_size: int) -> list[int]:
+    """Return what each rank's updater divides the gradient by: torch's by 1; 0 stands for no update."""
+    if config.updater == "torch":
+        return [1] * world_size
+    n, last = sum(sizes), sizes[-world_size:]
+    return [sgd_batch_size(config.reduction, config.normalize, n_last=n_last, n_global=n) for n_last in last]
+
+
+def applied_weights(config: Config, sizes: Sequence[int], world_size: int) -> list[float]:
+    """Return the weight of one example of each cell in rank 0's update: every rank's, but for `divisors`."""
+    divisor = divisors(config, sizes, world_size)[0] or math.inf
+    return [weight / divisor for weight in example_weights(config.reduction, config.normalize, sizes)]
+
+
+def target_reduction(config: Config) -> Reduction:
+    """Return what a step is meant to apply; the scratch updater divides its sum by n, which makes it the mean."""
+    return "sum" if config.reduction == "sum" and config.updater == "torch" else "mean"
+
+
+def steps_by_lr(config: Config) -> bool:
+    """Whether a step's length is the learning rate times the gradient's: not under Adam, AdamW or clipping."""
+    return config.optimizer == "sgd" and config.clip_norm is None
+
+
+def effective_lr(config: Config, sizes: Sequence[int], world_size: int) -> float:
+    """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
+
+    Meaningful where `steps_by_lr` holds. Where the scratch updater's ranks differ, it is rank 0's.
+    """
+    weights = applied_weights(config, sizes, world_size)
+    return config.learning_rate * sum(weight * size for weight, size in zip(weights, sizes, strict=True))
