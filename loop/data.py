@@ -10,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import FashionMNIST
 
 from loop.config import FASHION_MNIST, Config
-from loop.idx import IMAGE_SIZE, read_idx_split
+from loop.idx import IMAGE_SIZE, raw_folder, read_idx_split
 from loop.progress import Progress
 from loop.shards import Cell, Shards
 
@@ -31,11 +30,8 @@ def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Spl
 
     Raises InputError for a folder that holds no sound MNIST-like set, or too few examples.
     """
-    if config.dataset == FASHION_MNIST:
-        halves = (FashionMNIST(str(config.data_dir), train=train) for train in (True, False))
-        train, test = (Split(half.data, half.targets) for half in halves)
-    else:
-        train, test = (_idx_split(Path(config.dataset), prefix) for prefix in ("train", "t10k"))
+    folder = raw_folder(config.data_dir) if config.dataset == FASHION_MNIST else Path(config.dataset)
+    train, test = (_idx_split(folder, prefix) for prefix in ("train", "t10k"))
     n, dtype = config.training_size(len(train.labels)), getattr(torch, config.dtype)
     return (
         Split(train.images[:n].to(device), train.labels[:n].to(device), dtype),

@@ -14,6 +14,11 @@ CLASSES = 10
 UNREADABLE = (OSError, EOFError, zlib.error)  # what a missing, forbidden, truncated or corrupted file raises
 
 
+def raw_folder(data_dir: Path) -> Path:
+    """Return the folder in which torchvision's FashionMNIST(data_dir) keeps its files."""
+    return data_dir / "FashionMNIST" / "raw"
+
+
 def read_plain_or_gz(path: Path) -> bytes:
     """Return a file's bytes, decompressed if its name ends in .gz."""
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

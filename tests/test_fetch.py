@@ -171,13 +171,6 @@ def test_a_read_only_copy_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.M
     assert not (raw / "verified.json").exists()
 
 
-def test_an_old_torchvisions_processed_files_are_not_trained_on(tmp_path: Path) -> None:
-    raw = fill(fetch.raw_folder(tmp_path))
-    (raw.parent / "processed").mkdir()
-    with pytest.raises(InputError, match="would be read in place of the verified files: remove it"):
-        fetch.fetch_fashion_mnist(tmp_path)
-
-
 def test_a_data_dir_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(InputError, match=r"--data-dir .* cannot keep Fashion-MNIST there"):

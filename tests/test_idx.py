@@ -7,8 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.datasets import FashionMNIST
 
 from loop.config import Config, InputError
 from loop.data import load
@@ -40,6 +42,13 @@ def folder_with(path: Path, **changes: bytes | None) -> Path:
         if content is not None:
             (path / name).write_bytes(content)
     return path
+
+
+def test_fashion_mnist_is_read_as_torchvision_reads_it() -> None:
+    for ours, training in zip(load(Config()), (True, False), strict=True):
+        theirs = FashionMNIST("data", train=training)
+        assert torch.equal(ours.images, theirs.data)
+        assert torch.equal(ours.labels, theirs.targets)
 
 
 def test_a_good_folder_is_read_plain_and_gz(tmp_path: Path) -> None:

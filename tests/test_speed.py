@@ -109,8 +109,8 @@ def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
     assert taken["keep"] < taken["plain"] / 10
 
 
-def test_the_first_step_needs_no_picture_and_no_wandb(tmp_path: Path) -> None:
-    """And torch._dynamo, which costs over a second, only because torchvision and torch.optim import it themselves."""
+def test_the_first_step_needs_no_picture_no_wandb_and_no_torchvision(tmp_path: Path) -> None:
+    """And torch._dynamo, which costs over a second, only because torch.optim imports it itself."""
     code = (
         "import os, sys, train; from loop.progress import Progress; from loop.config import parse\n"
         "def end(*_): print(sorted({name.split('.')[0] for name in sys.modules})); sys.stdout.flush(); os._exit(0)\n"
@@ -120,7 +120,7 @@ def test_the_first_step_needs_no_picture_and_no_wandb(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
     imported = done.stdout.splitlines()[-1]
     assert "'torch'" in imported
-    assert not [name for name in ("matplotlib", "wandb", "IPython", "plotly") if f"'{name}'" in imported]
+    assert not [name for name in ("matplotlib", "wandb", "IPython", "plotly", "torchvision") if f"'{name}'" in imported]
 
 
 def timed(net: str, *flags: str) -> bench.Figures:

@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loop.config import FASHION_MNIST, Config, InputError
-from loop.idx import UNREADABLE, read_idx_split, read_plain_or_gz
+from loop.idx import UNREADABLE, raw_folder, read_idx_split, read_plain_or_gz
 
 SHA256 = {  # of the uncompressed files
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -44,11 +44,6 @@ DOWNLOAD_BYTES = 200e6  # what a download takes on the disk, unpacked and copied
 
 class UnavailableError(Exception):
     """Why one source of the data cannot be used."""
-
-
-def raw_folder(data_dir: Path) -> Path:
-    """Return the folder that torchvision's FashionMNIST(data_dir) reads."""
-    return data_dir / "FashionMNIST" / "raw"
 
 
 def provide(config: Config, *, fetching: bool) -> int:
@@ -74,11 +69,6 @@ def fetch_fashion_mnist(data_dir: Path) -> None:
     """
     raw = raw_folder(data_dir)
     try:
-        if (raw.parent / "processed").exists():
-            raise InputError(
-                f"--data-dir {data_dir}: {raw.parent / 'processed'}, of an old torchvision, would be read in place of "
-                "the verified files: remove it"
-            )
         if _remembered(raw):
             return
         if not os.access(raw, os.W_OK) and not _problems(raw):
