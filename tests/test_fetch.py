@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from loop import fetch
 from loop.config import InputError
+from loop.run import fetch
 
 DOWNLOADS = fetch._torchvision_download, fetch._debian_package
 CONTENT = {name: f"the content of {name}".encode() for name in fetch.SHA256}
