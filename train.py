@@ -17,6 +17,7 @@ To see what goes wrong without `--normalize global`:
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from loop.config import Config, InputError, parse
@@ -28,24 +29,26 @@ from loop.run.run import Run
 
 def main() -> None:
     """Read the command line, check it, train."""
-    speaks = launched_local_rank() == 0
-    config = parse(quiet=not speaks)
+    reports_errors = launched_local_rank() == 0
+    config = parse(quiet=not reports_errors)
     try:
         config.validate()
-        examples = config.training_size(provide(config, fetching=speaks))
+        examples = config.training_size(provide(config, fetching=reports_errors))
         shards = config.shards(examples, launched_world_size())
-        if is_finished(config, examples, shards.world_size, quiet=not speaks):
-            if speaks:
+        if is_finished(config, examples, shards.world_size, quiet=not reports_errors):
+            if reports_errors:
                 print(f"train.py: {config.folder(shards.world_size)} is finished")
             sys.exit()
         if not config.check:
             sys.exit(train(config))  # the process's end is its group's
         check(config)
-        if speaks:
+        if reports_errors:
             print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
     except InputError as error:
-        if speaks:
+        if reports_errors:
             print(f"train.py: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1)  # a launcher ends the other ranks as soon as one has failed: not before the error is printed
         sys.exit(2)
 
 

@@ -92,6 +92,7 @@ class Run:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
+        self.stop.last_resort = self._stop_alone
         self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_from_thread)
         self.progress = Progress()
 
@@ -121,7 +122,6 @@ class Run:
             for tracker in self.trackers:
                 tracker.files = self.files
         self.accelerator.init_trackers("", described)
-        self.stop.last_resort = self._stop_alone
         self.accelerator.print(console.opening(self.config, self.shards, self.device.type, self.folder), flush=True)
 
     def _describe(self) -> dict[str, Any]:
