@@ -2,7 +2,7 @@
 
     python -m scripts.bench --json bench.json                    everything on the CPU, in a quarter of an hour
     python -m scripts.bench --parts loops --nets softmax --world-sizes 1 --rounds 30
-    python -m scripts.bench --device cuda --world-sizes 1        the same on a GPU
+    python -m scripts.bench --device cuda                        the same on GPUs; what needs more of them is left out
     python -m scripts.bench --cost wandb --pairs 32              what W&B offline costs an epoch
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m scripts.bench --cost global --net mlp      the same on two ranks
 
@@ -71,6 +71,7 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--time", choices=NETS, help=argparse.SUPPRESS)  # measure on these ranks: the loops of a net,
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # or the memory of a loop
     flags = parser.parse_args(args)
+    flags.costs, flags.left_out = list(COSTS), []
     least = {"rounds": 1, "slow_rounds": 1, "tries": 1, "threads": 1, "examples": 256, "pairs": 5}
     for name, smallest in least.items():
         if getattr(flags, name) is not None and getattr(flags, name) < smallest:
@@ -88,11 +89,22 @@ def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
 
         from loop.run.launch import launched_world_size
 
+        gpus = torch.cuda.device_count()
         measuring = flags.cost or flags.time or flags.memory  # on these ranks
-        ranks = launched_world_size() if measuring else max(flags.world_sizes)
-        if torch.cuda.device_count() < ranks:
-            parser.error(f"--device cuda with {ranks} rank(s): {torch.cuda.device_count()} GPU(s) here")
+        ranks = launched_world_size() if measuring else min(ranks for ranks, _ in needs(flags))
+        if gpus < ranks:
+            parser.error(f"--device cuda with {ranks} rank(s): {gpus} GPU(s) here")
+        flags.left_out = [f"{what} on {ranks} ranks" for ranks, what in needs(flags) if ranks > gpus]
+        flags.world_sizes = [ranks for ranks in flags.world_sizes if ranks <= gpus]
+        flags.costs = [name for name in COSTS if COSTS[name][-1] <= gpus]
     return flags
+
+
+def needs(flags: argparse.Namespace) -> list[tuple[int, str]]:
+    """Return how many ranks each thing to be measured takes."""
+    parts = ", ".join(part for part in flags.parts if part != "costs")
+    costs = [(COSTS[name][-1], f"the cost of {name}") for name in COSTS if "costs" in flags.parts]
+    return [(ranks, parts) for ranks in flags.world_sizes if parts] + costs
 
 
 def main() -> None:
@@ -105,7 +117,7 @@ def main() -> None:
         if args.json and os.environ.get("RANK", "0") == "0":
             args.json.write_text(json.dumps(measured))
         return
-    figures: Figures = environment(args.device)
+    figures: Figures = environment(args.device) | {"left_out": args.left_out}
 
     def keep() -> None:
         figures["load_after"] = os.getloadavg()[0]
@@ -113,6 +125,8 @@ def main() -> None:
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
     print("{device}, {cores} cores, load {load}, {versions}".format_map(figures), flush=True)
+    if args.left_out:
+        print(f"left out, as there are too few GPUs: {'; '.join(args.left_out)}", flush=True)
     if "loops" in args.parts:
         figures["loops"] = []
         for world_size in args.world_sizes:
@@ -139,7 +153,8 @@ def main() -> None:
     if "costs" in args.parts:
         print("\nratio of epoch times with and without, 95 % interval", flush=True)
         figures["costs"] = []
-        for name, (_, _, net, world_size) in COSTS.items():
+        for name in args.costs:
+            *_, net, world_size = COSTS[name]
             flags = ("--cost", name, "--net", net, "--pairs", str(args.pairs or PAIRS.get(name, 6)))
             figures["costs"].append(in_ranks(world_size, args, *flags))
             keep()

@@ -153,6 +153,36 @@ def test_the_bench_writes_what_it_measured(
     assert written["device"] and written["cores"] and written["device"] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("world_sizes", [[], ["--world-sizes", "1"]])
+def test_what_needs_more_gpus_than_there_are_is_left_out_and_named(
+    world_sizes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched: list[tuple[int, str]] = []
+
+    def measured(world_size: int, args: Any, what: str, name: str, *flags: str) -> bench.Figures:
+        launched.append((world_size, name))
+        return {"loop": name, "world_size": world_size, "mb": [2], "mb_before": [1]}
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench, "in_ranks", measured)
+    monkeypatch.setattr(bench, "startup", lambda args: {f"{args.world_sizes}": [1.0]})
+    monkeypatch.setattr(bench, "loops_in_words", lambda figures: "")
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--device", "cuda", "--json", str(tmp_path / "bench.json"), *world_sizes]
+    )
+    bench.main()
+    loops, memory, costs = ("softmax", "mlp", "lenet"), ("bare", "ours"), ("checkpoint", "wandb")
+    assert launched == [(1, name) for name in (*loops, *memory, *costs)]
+    left_out = [] if world_sizes else ["loops, memory, startup on 2 ranks"]
+    left_out += ["the cost of audit on 2 ranks", "the cost of global on 2 ranks"]
+    said = capsys.readouterr().out
+    assert f"left out, as there are too few GPUs: {'; '.join(left_out)}\n" in said
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["left_out"] == left_out
+    assert written["startup"] == {"[1]": [1.0]}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -161,7 +191,7 @@ def test_the_bench_writes_what_it_measured(
         ("--world-sizes 3", "--world-sizes must divide the batch of 256"),
         ("--examples 60001", "--examples 60001: there are 60000"),
         ("--json no/such/folder.json", "--json no/such/folder.json: not a file"),
-        ("--device cuda --world-sizes 1 64", "--device cuda with 64 rank(s): "),
+        ("--device cuda --world-sizes 64 --parts loops", "--device cuda with 64 rank(s): "),
     ],
 )
 def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], flags: str, said: str) -> None:
