@@ -60,6 +60,7 @@ def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
     from loop.book import train_epoch_ch3
     from loop.data import Split, TrainBatches
     from loop.nets import make_net
+    from loop.run.launch import leave_ranks
     from loop.updater import make_updater
 
     dist.init_process_group("gloo")
@@ -82,7 +83,7 @@ def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
         found.reduces[size] = seconds(partial(dist.all_reduce, torch.zeros(size // 4)), 200)
     if rank == 0:
         answer.put(found)
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 def measure(world_size: int) -> Measured:

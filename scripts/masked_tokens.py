@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop import reduction
 from loop.reduction import cell_loss, global_count
-from loop.run.launch import launched_rank, launched_world_size
+from loop.run.launch import launched_rank, launched_world_size, leave_ranks
 
 Way = Literal["global", "mean-per-batch"]
 Batch = tuple[Tensor, Tensor]
@@ -115,8 +115,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     steps = text_in_steps()
     far = distance(flags.way, flags.accumulate, steps)
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave_ranks()
     if launched_rank() == 0:
         tokens = [int((y != IGNORED).sum()) for _, y in deal(steps[0], world_size * flags.accumulate)]
         print(f"{len(steps)} steps of {len(steps[0])} lines; tokens in the first step's cells: {str(tokens)[1:-1]}")

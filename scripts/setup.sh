@@ -15,10 +15,11 @@ setup() {
     local root=$1 environment=${VIRTUAL_ENV:-$1/.venv} file note
     PYTHON=$environment/bin/python
     shift
+    [ -n "${VIRTUAL_ENV:-}" ] || make_environment "$environment"
     for file in "$@"; do
         note=$environment/.installed-$(cksum <"$root/$file" | tr ' ' -)
         [ -e "$note" ] && "$PYTHON" -c '' 2>/dev/null && continue
-        [ -n "${VIRTUAL_ENV:-}" ] || make_environment "$environment"
+        [ -x "$PYTHON" ] || die "VIRTUAL_ENV=$environment has no bin/python: unset it, and this script makes its own"
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$PYTHON is no Python 3.11 or later"
         "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 ||
             die "$environment has no pip: put one in, or deactivate it and let this script make its own"
@@ -30,12 +31,13 @@ setup() {
 
 make_environment() {
     local python
-    "$1/bin/python" -c '' 2>/dev/null && return
+    "$1/bin/python" -c '' 2>/dev/null && [ -e "$1/bin/activate" ] && return
     for python in python3 python3.14 python3.13 python3.12 python3.11 none; do
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     done
     [ "$python" != none ] || die "needs Python 3.11 or later, and finds none"
-    "$python" -m venv --upgrade "$1" 2>/dev/null || "$python" -m venv "$1" ||
+    "$1/bin/python" -c '' 2>/dev/null || rm -f "$1"/bin/python* # links to a Python that is gone
+    "$python" -m venv "$1" ||
         die "cannot make a virtual environment in $1 (on Debian: apt-get install python3-venv)"
 }
 

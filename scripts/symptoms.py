@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from loop.reduction import cell_loss, global_count
-from loop.run.launch import launched_rank, launched_world_size
+from loop.run.launch import launched_rank, launched_world_size, leave_ranks
 
 PATIENCE_S = 5.0  # a rank that waits longer has hung; by default a group waits 10 (NCCL) or 30 minutes (gloo)
 
@@ -183,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> int:
     elif flags.name:
         Accelerator(cpu=True)  # joins the ranks
         said = report(flags.name, flags.fixed)
-        dist.destroy_process_group()
+        leave_ranks()
     else:
         said = "\n".join(f"{name:<22} {str(show.__doc__).splitlines()[0]}" for name, show in SYMPTOMS.items())
     if launched_rank() == 0:

@@ -27,7 +27,7 @@ UPDATERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tail", ["spread", "ragged", "pad", "drop"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])  # 70 s
 def test_global_takes_the_steps_of_one_process(
     world: Callable[[int], World], world_size: int, accumulate: int, tail: str, reduction: str, updater: str
 ) -> None:

@@ -136,21 +136,24 @@ with run.watchdog:
         (
             "hangs",
             r"rank 1 is alive, but does not come to where the others wait: it hangs "
-            r"\(the backend: \[.*/gloo/.*\] Timed out waiting 2000ms for recv operation to complete\)",
+            r"\(the backend: \[.*/gloo/.*\] Timed out waiting 2000ms for (recv|send) operation to complete\)",
         ),
-        (
+        pytest.param(
             "dies at its start",
             r"rank 1 has not begun to train: it died at its start, or is still starting "
             r"\(the backend: \[.*/gloo/.*\] (Connection closed by peer|Read error) .*\)",
+            marks=pytest.mark.slow,  # 9 s
         ),
-        (
+        pytest.param(
             "of NCCL",
             r"a collective failed \(the backend: NCCL error in: .*NCCLUtils\.cpp:94, invalid usage "
             r"Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000\)",
+            marks=pytest.mark.slow,  # 9 s
         ),
-        (
+        pytest.param(
             "of one rank",
             r"a collective failed \(the backend: NCCL error in: NCCLUtils\.cpp:94, unhandled cuda error\)",
+            marks=pytest.mark.slow,  # 9 s
         ),
     ],
 )
@@ -230,6 +233,7 @@ def test_a_disk_that_fills_up_with_rows_is_one_line(disk: Path) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.slow  # 8 s
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
     with job(disk, 2, "--checkpoint-every", "5") as ranks:
         with (disk / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
@@ -241,6 +245,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> N
     assert line.endswith("is kept: --run-name run --resume auto goes on")
 
 
+@pytest.mark.slow  # 8 s
 def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
     with job(disk, 2, "--checkpoint-every", "5") as ranks:
         mount("--bind", str(disk / "run"), str(disk / "run"))  # the kernel makes no disk read-only while it is in use,
@@ -251,6 +256,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(
     assert line.endswith("is kept: --run-name run --resume auto goes on")
 
 
+@pytest.mark.slow  # 32 s
 def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> None:
     flags = [
         "--train-examples",
@@ -279,6 +285,7 @@ def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> Non
     assert soak.compare(tmp_path / "cut", tmp_path / "whole") == []
 
 
+@pytest.mark.slow  # 25 s
 @pytest.mark.parametrize(("resume", "exit_codes"), [("never", [0, 2]), ("auto", [0, 0])])
 def test_two_runs_of_one_name_at_the_same_moment_never_mix(tmp_path: Path, resume: str, exit_codes: list[int]) -> None:
     flags = ["--train-examples", "3000", "--log-every", "1", "--epochs", "3", "--resume", resume]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ REDUCTIONS, NORMALIZES = get_args(Reduction), get_args(Normalize)
 
 
 def small_fashion_mnist(examples: int) -> Split:
-    images, labels = probes.data()[0]
+    images, labels, _ = probes.data()[0]
     return Split(images[:examples], labels[:examples])
 
 
@@ -105,12 +106,12 @@ def test_sum_at_the_means_lr_spoils_the_mlp_and_only_the_loss_of_softmax_regress
         results[name, reduction] = net, *evaluate(net, batches, per_example)
     assert results["softmax", "sum"][1] > 5 > 1 > results["softmax", "mean"][1]
     assert results["softmax", "sum"][2] > 0.6
-    assert results["mlp", "sum"][2] < 0.15
-    assert probes.dead_units(results["mlp", "sum"][0]) > 0.9
+    assert results["mlp", "sum"][2] < results["mlp", "mean"][2] / 2
+    assert probes.dead_units(results["mlp", "sum"][0]) > 0.5
     accuracy = evaluate(results["softmax", "sum"][0], EvalBatches(probes.data()[1]))[1]
     loss, shrunk = probes.shrunken(results["softmax", "sum"][0], 1 / 256)
     assert shrunk == accuracy, "which logit is largest does not depend on their scale"
-    assert loss < 1.5
+    assert loss < math.log(10), "what a net has that knows nothing of ten classes"
 
 
 # ---- claim 5

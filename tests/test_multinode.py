@@ -65,6 +65,7 @@ def results(nodes: list[subprocess.Popen[str]], timeout_s: float) -> list[tuple[
                 kill(node)
 
 
+@pytest.mark.slow  # 20 s
 def test_two_hosts_come_to_the_weights_of_one_process(meeting_statically: Path, tmp_path: Path) -> None:
     done = launch(LAUNCHES["python"], tmp_path, *SLICE, "--run-name", "plain")
     assert done.returncode == 0, done.stderr
@@ -73,6 +74,7 @@ def test_two_hosts_come_to_the_weights_of_one_process(meeting_statically: Path, 
     assert len(json.loads((meeting_statically / "config.json").read_text())["devices"]) == 2
 
 
+@pytest.mark.slow  # 36 s
 def test_a_host_cut_off_for_a_while_costs_a_restart_and_not_a_digit(
     hosts: TwoHosts, meeting_statically: Path, tmp_path: Path
 ) -> None:

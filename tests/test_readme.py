@@ -106,7 +106,9 @@ def test_a_command_gives_its_numbers_again(
     numbers, text = world(ranks).run(run, args, tmp_path)[0]
     for part in says.split("; "):
         *name, value = part.split()
-        if " ".join(name) in numbers:
+        if name[-1:] == ["above"]:  # of a training that blows up, whose digits differ from CPU to CPU
+            assert numbers[" ".join(name[:-1])] > float(value)
+        elif " ".join(name) in numbers:
             assert float(value) == pytest.approx(numbers[" ".join(name)], rel=2e-3, abs=5e-4)
         elif part.endswith("of the distance travelled"):
             assert float(name[0]) == pytest.approx(numbers["far"], rel=1e-2, abs=1e-12)

@@ -10,6 +10,7 @@ import pytest
 from scripts import soak
 
 
+@pytest.mark.slow  # 44 s
 def test_three_kills_end_bit_equal(capsys: pytest.CaptureFixture[str]) -> None:
     code = soak.main(["--kills", "3", "--world-size", "2", "--", "--epochs", "2", "--train-examples", "10000"])
     said = capsys.readouterr()

@@ -72,6 +72,7 @@ def test_a_sweep_trains_each_run_once_and_a_second_call_none(tmp_path: Path) -> 
     assert "was made with another seed" in changed.stderr
 
 
+@pytest.mark.slow  # 15 s
 def test_an_interrupted_sweep_goes_on_and_puts_the_torn_run_aside(tmp_path: Path) -> None:
     flags = ["--reduction", "mean", "sum", "--net", "lenet", "--train-examples", "3000", "--epochs", "2"]
     process = start([*SWEEP, *flags], tmp_path)

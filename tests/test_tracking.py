@@ -123,6 +123,7 @@ def wait_for_rows(out: Path, count: int, seconds: float = 60) -> Path:
     return pytest.fail(f"no {count} rows within {seconds} s")
 
 
+@pytest.mark.slow  # 9 s
 def test_with_no_key_a_run_starts_training_within_two_seconds_more(tmp_path: Path) -> None:
     def seconds_to_first_row(mode: str) -> float:
         began = time.monotonic()
@@ -165,6 +166,7 @@ def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_p
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow  # 55 s
 def test_a_server_that_fails_means_offline_within_half_a_minute(tmp_path: Path) -> None:
     with ExitStack() as servers:
         urls = {}
@@ -196,6 +198,7 @@ def test_a_server_that_fails_means_offline_within_half_a_minute(tmp_path: Path) 
         assert [without_clock(row) for row in stored] == rows_of(only_run(tmp_path / name)), name
 
 
+@pytest.mark.slow  # 7 s
 def test_online_that_is_not_to_be_had_fails_at_once_with_the_reason(stub: WandbStub, tmp_path: Path) -> None:
     stub.fail = lambda kind, op: 401
     began = time.monotonic()
@@ -225,6 +228,7 @@ def test_a_run_kept_offline_is_sent_by_the_command_it_prints(
     assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
 
 
+@pytest.mark.slow  # 26 s
 def test_a_server_that_dies_in_mid_run_costs_no_row(tmp_path: Path) -> None:
     with WandbStub() as stub:
         process = start(ONE, tmp_path, *LONG, **keyed(stub.url))
@@ -240,6 +244,7 @@ def test_a_server_that_dies_in_mid_run_costs_no_row(tmp_path: Path) -> None:
     assert len(read_run(wandb_folder(run))["history"]) == len(rows_of(run))
 
 
+@pytest.mark.slow  # 12 s
 def test_the_background_service_killed_in_mid_run_does_not_end_the_training(tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *SHORT[2:], "--epochs", "60", WANDB_MODE="offline")
     run = wait_for_rows(tmp_path, 5)
@@ -272,6 +277,7 @@ def test_rows_lost_by_w_and_b_are_counted(offline: tuple[Path, str], tmp_path: P
 GOING_ON = [*SHORT[2:], "--checkpoint-every", "50", "--run-name", "r", "--resume", "auto"]
 
 
+@pytest.mark.slow  # 48 s
 @pytest.mark.parametrize("server_is", ["ahead of the checkpoint", "behind the checkpoint"])
 def test_a_killed_run_goes_on_as_the_same_online_run(stub: WandbStub, tmp_path: Path, server_is: str) -> None:
     behind = server_is == "behind the checkpoint"
@@ -292,6 +298,7 @@ def test_a_killed_run_goes_on_as_the_same_online_run(stub: WandbStub, tmp_path: 
     assert (arrived["complete"], arrived["exit_code"]) == (True, 0)
 
 
+@pytest.mark.slow  # 11 s
 def test_a_run_that_cannot_go_on_online_is_left_as_it_is(stub: WandbStub, tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="disabled")
     run = wait_for_rows(tmp_path, 30)
@@ -305,6 +312,7 @@ def test_a_run_that_cannot_go_on_online_is_left_as_it_is(stub: WandbStub, tmp_pa
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow  # 22 s
 def test_a_killed_run_goes_on_offline_with_the_rows_that_its_first_file_lacks(stub: WandbStub, tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="offline")
     run = wait_for_rows(tmp_path, 100)
@@ -326,6 +334,7 @@ def test_a_killed_run_goes_on_offline_with_the_rows_that_its_first_file_lacks(st
     assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
 
 
+@pytest.mark.slow  # 14 s
 @pytest.mark.parametrize("environ", [{"WANDB_BASE_URL": "nonsense"}, {"WANDB_MODE": "nonsense"}])
 def test_w_and_b_that_cannot_start_at_all_is_left_out(tmp_path: Path, environ: dict[str, str]) -> None:
     done = launch(ONE, tmp_path, *SHORT, **({"WANDB_MODE": ""} | environ))
@@ -333,6 +342,7 @@ def test_w_and_b_that_cannot_start_at_all_is_left_out(tmp_path: Path, environ: d
     assert done.stdout.startswith("W&B: disabled (")
 
 
+@pytest.mark.slow  # 9 s
 def test_a_fault_of_w_and_b_at_the_end_does_not_fail_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     done = launch(ONE, tmp_path / "out", *SHORT, WANDB_MODE="offline", WANDB_DATA_DIR=str(tmp_path / "file"))
@@ -349,6 +359,7 @@ def test_online_refused_at_the_start_leaves_no_run_behind(stub: WandbStub, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # 8 s
 def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
     flags = ["--net", "mlp", "--lr", "1e30", "--wandb", "offline"]
     done = launch(ONE, tmp_path, *SHORT, *flags)
@@ -365,7 +376,12 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("signum", "rank", "ranks"),
-    [(signal.SIGTERM, 0, 1), (signal.SIGINT, 0, 1), (signal.SIGINT, 0, 2), (signal.SIGTERM, 1, 2)],
+    [
+        (signal.SIGINT, 0, 1),
+        (signal.SIGTERM, 1, 2),
+        pytest.param(signal.SIGTERM, 0, 1, marks=pytest.mark.slow),  # 9 s
+        pytest.param(signal.SIGINT, 0, 2, marks=pytest.mark.slow),  # 10 s
+    ],
 )
 def test_a_signal_stops_all_ranks_with_every_row_on_disk(tmp_path: Path, signum: int, rank: int, ranks: int) -> None:
     process = start(TWO if ranks == 2 else ONE, tmp_path, *LONG, WANDB_MODE="offline")
@@ -381,6 +397,7 @@ def test_a_signal_stops_all_ranks_with_every_row_on_disk(tmp_path: Path, signum:
     assert [without_clock(row) for row in stored["history"]] == rows_of(run)
 
 
+@pytest.mark.slow  # 10 s
 def test_killed_outright_a_run_loses_a_second_at_most(tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *LONG, WANDB_MODE="offline")
     run = wait_for_rows(tmp_path, 30)
@@ -393,6 +410,7 @@ def test_killed_outright_a_run_loses_a_second_at_most(tmp_path: Path) -> None:
         json.loads(line)
 
 
+@pytest.mark.slow  # 16 s
 def test_a_rank_that_dies_leaves_rank_0s_rows_and_a_failed_run(tmp_path: Path) -> None:
     process = start(TWO, tmp_path, *LONG, WANDB_MODE="offline")
     run = wait_for_rows(tmp_path, 30)
@@ -404,6 +422,7 @@ def test_a_rank_that_dies_leaves_rank_0s_rows_and_a_failed_run(tmp_path: Path) -
     assert [without_clock(row) for row in stored["history"]] == rows_of(run)
 
 
+@pytest.mark.slow  # 36 s
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_a_rank_leaves_every_row_and_a_failed_run(tmp_path: Path, rank: int) -> None:
     script = tmp_path / "crash.py"
@@ -424,6 +443,7 @@ def test_an_exception_on_a_rank_leaves_every_row_and_a_failed_run(tmp_path: Path
     assert [without_clock(row) for row in stored["history"]] == rows_of(run)
 
 
+@pytest.mark.slow  # 15 s
 def test_a_signal_before_training_ends_the_w_and_b_run_too(stub: WandbStub, tmp_path: Path) -> None:
     def slow(kind: str, op: str) -> None:
         if op == "UpsertBucket":
@@ -440,6 +460,7 @@ def test_a_signal_before_training_ends_the_w_and_b_run_too(stub: WandbStub, tmp_
     assert (arrived["complete"], arrived["exit_code"]) == (True, 143)
 
 
+@pytest.mark.slow  # 19 s
 def test_ranks_whose_launcher_was_killed_end_themselves(tmp_path: Path) -> None:
     process = start(TWO, tmp_path, *LONG, WANDB_MODE="offline")
     run = wait_for_rows(tmp_path, 30)

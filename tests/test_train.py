@@ -71,6 +71,7 @@ def test_a_run_says_what_the_all_reduce_did(runs: dict[str, tuple[Path, str]]) -
     assert "effective learning rate 0.1 (--lr 0.1)" in sentence
 
 
+@pytest.mark.slow  # 11 s
 def test_the_plain_mode_names_its_error(tmp_path: Path) -> None:
     done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, *SLICE, "--tail", "ragged", "--normalize", "rank")
     assert done.returncode == 0, done.stderr
@@ -94,6 +95,7 @@ def test_an_out_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     assert "cannot make the run's folder" in done.stderr
 
 
+@pytest.mark.slow  # 10 s
 def test_bf16_accumulation_and_clipping_run_together(tmp_path: Path) -> None:
     flags = [
         "--train-examples",
@@ -113,12 +115,25 @@ def test_bf16_accumulation_and_clipping_run_together(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # 7 s
 def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(tmp_path: Path) -> None:
     how = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py"]
     done = launch(how, tmp_path)
     assert done.returncode != 0
     assert "asked for several processes and started one" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_virtual_environment_that_is_not_there_is_named(tmp_path: Path, made: bool) -> None:
+    environment = tmp_path / "environment"
+    if made:
+        environment.mkdir()
+    done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path / "out", VIRTUAL_ENV=str(environment))
+    assert done.stderr == (
+        f"scripts/train.sh: VIRTUAL_ENV={environment} has no bin/python: unset it, and this script makes its own\n"
+    )
+    assert done.returncode == 1
 
 
 def test_bad_flags_stop_train_sh_before_any_rank_starts(tmp_path: Path) -> None:

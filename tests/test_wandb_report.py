@@ -208,6 +208,7 @@ def test_a_project_that_is_not_there_is_named_and_not_made(stub: WandbStub) -> N
     assert (stub.ops["CreateProject"], stub.reports, stub.unknown) == (0, {}, [])
 
 
+@pytest.mark.slow  # 15 s
 @pytest.mark.parametrize(
     ("operation", "status"), [("Viewer", 401), ("Viewer", 503), ("ProjectViews", 403), ("upsertView", 500)]
 )
@@ -235,6 +236,7 @@ def test_no_server_and_no_sense_are_told_in_one_line(environ: dict[str, str], re
     assert seconds < 15
 
 
+@pytest.mark.slow  # 10 s
 def test_a_server_that_is_silent_or_falls_silent_is_given_up(stub: WandbStub) -> None:
     stub.fail = lambda kind, name: time.sleep(60) if name == "ProjectViews" else None
     with silent_server() as url, ThreadPoolExecutor() as pool:

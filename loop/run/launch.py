@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -121,15 +122,21 @@ def leave_ranks_at_exit(*, together: bool) -> None:
     together: whether all ranks end. NCCL would wait for those that do not.
     """
     if together:
-        atexit.register(_leave_ranks)
+        atexit.register(leave_ranks)
     else:
-        atexit.unregister(_leave_ranks)
+        atexit.unregister(leave_ranks)
 
 
-def _leave_ranks() -> None:
+def leave_ranks() -> None:
+    """Destroy the process group, if there is one, with all that holds it.
+
+    A net under DDP holds it too. Where one is left in a reference cycle, such as a scheduler's with its optimizer,
+    gloo's threads would outlive the group, and end the process by an abort (exit code -6) in some runs.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
