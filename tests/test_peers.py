@@ -69,7 +69,13 @@ def predict(task: Task, steps: Cells, *, by_sum: bool = False) -> list[np.ndarra
 
 @pytest.mark.parametrize(
     "peer",
-    [OURS, f"{OURS}, ragged", f"{OURS}, book's sgd", "Accelerate, ragged, num_items", "Trainer, ragged, num_items"],
+    [
+        OURS,
+        f"{OURS}, ragged",
+        f"{OURS}, book's sgd",
+        "Accelerate, ragged, num_items",
+        pytest.param("Trainer, ragged, num_items", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_who_divides_by_the_global_count_is_exact(world: Callable[[int], World], peer: str, world_size: int) -> None:
@@ -85,14 +91,14 @@ def test_who_divides_by_the_global_count_is_exact(world: Callable[[int], World],
     ("peer", "deal"),
     [
         ("DDP, DistributedSampler", strided),
-        ("Lightning", strided),
+        pytest.param("Lightning", strided, marks=pytest.mark.slow),
         ("Accelerate", padded),
         ("Accelerate, split", padded),
         ("Accelerate, ragged", ragged),
         ("Accelerate, ragged, join", ragged),
         ("torch's Join, ragged", ragged),
         ("book's sgd, ragged", ragged),
-        ("Trainer", padded),
+        pytest.param("Trainer", padded, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])
