@@ -73,7 +73,7 @@ def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr
     lines.append(f"{'DistributedSampler':<20}{twice:>7}{0:>7}{0:>7}  {abridged(ranks)}")
     for sizes, tails in plans.items():
         lines += ["", *mode_table(config, sizes, tails, world_size)]
-    return "\n".join([*lines, "", advice(config, plans, world_size)])
+    return "\n".join([*lines, "", advice(config, plans, world_size, twice)])
 
 
 def mode_table(config: Config, sizes: Sequence[int], tails: list[str], world_size: int) -> list[str]:
@@ -99,23 +99,27 @@ def modes(config: Config) -> list[Config]:
     return torch + [replace(mode, updater="scratch") for mode in torch]
 
 
-def advice(config: Config, plans: dict[tuple[int, ...], list[str]], world_size: int) -> str:
-    """Return in one sentence what to do."""
+def advice(config: Config, plans: dict[tuple[int, ...], list[str]], world_size: int, twice: int) -> str:
+    """Return what is right and what is wrong in a plain loop. twice: how many copies a DistributedSampler adds."""
+    copies = f"but {twice} example(s) count twice" if twice else "and no example counts twice"
+    text = (
+        "Dealt by DistributedSampler, all ranks hold equally many examples in every step: a mean by rank is right, "
+        f"{copies}. "
+    )
     plain = replace(config, normalize="rank")
     off = {tails[0]: effect(plain, sizes, world_size) for sizes, tails in plans.items() if len(set(sizes)) > 1}
-    if not off:
-        return (
-            "All cells are equal here, so a mean by rank is exact already; a sum still needs --normalize global, which "
-            "stays exact when the sizes change."
+    if off:
+        tail, worst = min(off.items(), key=lambda item: item[1].lightest)
+        weight = f"{worst.lightest:.4g}/n"
+        if worst.lightest != worst.heaviest:
+            weight += f" to {worst.heaviest:.4g}/n"
+        text += (
+            f"Dealt by --tail {tail}, it gives an example {weight}, and a step {worst.length:.4g} times the mean's; "
+            "--normalize global gives 1/n under every tail. "
         )
-    tail, worst = min(off.items(), key=lambda item: item[1].lightest)
-    weight = f"{worst.lightest:.4g}/n"
-    if worst.lightest != worst.heaviest:
-        weight += f" to {worst.heaviest:.4g}/n"
-    return (
-        f"Use --normalize global: every example then weighs 1/n; under --tail {tail}, a plain loop's mean gives it "
-        f"{weight}, and a step {worst.length:.4g} times the mean's."
-    )
+    else:
+        text += "All cells are equal here, so it is right under every tail. "
+    return text + f"A sum by rank is divided by the {world_size * config.accumulate} cell(s)."
 
 
 def draw(examples: int, config: Config, world_size: int, path: Path) -> None:

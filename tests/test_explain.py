@@ -68,7 +68,11 @@ def test_the_books_defaults_over_eight_ranks() -> None:
     ragged = next(part for part in table if part.startswith("--tail ragged"))
     assert "mean, rank                               0.375/n        0.375        0.0375  agree" in ragged
     assert "sum, rank, scratch                       0.375/n        0.375        0.0375  drift apart" in ragged
-    assert table[-1].startswith("Use --normalize global: every example then weighs 1/n; under --tail ragged")
+    assert table[-1] == (
+        "Dealt by DistributedSampler, all ranks hold equally many examples in every step: a mean by rank is right, "
+        "and no example counts twice. Dealt by --tail ragged, it gives an example 0.375/n, and a step 0.375 times the "
+        "mean's; --normalize global gives 1/n under every tail. A sum by rank is divided by the 8 cell(s)."
+    )
 
 
 @pytest.mark.parametrize("world_size", ["8", "4096"])
