@@ -23,15 +23,18 @@ from typing import Any
 from loop.config import Config, InputError, parse
 from loop.run.fetch import provide
 from loop.run.launch import count_gpus, launched_local_rank, launched_world_size
-from loop.run.resume import is_finished
+from loop.run.resume import is_finished, keep_what_is_not_told
 from loop.run.run import Run
+from loop.run.stdout import forgive_stdout
 
 
 def main() -> None:
     """Read the command line, check it, train."""
+    forgive_stdout()
     reports_errors = launched_local_rank() == 0
     config = parse(quiet=not reports_errors)
     try:
+        config = keep_what_is_not_told(config, sys.argv[1:], launched_world_size())
         config.validate()
         examples = config.training_size(provide(config, fetching=reports_errors))
         shards = config.shards(examples, launched_world_size())

@@ -24,11 +24,17 @@ FLOAT32 = 1e38  # what a float32 holds, about
 FASHION_MNIST = "fashion-mnist"
 
 
+WANDB_MODES = ("", "online", "offline", "disabled", "dryrun", "run", "shared")
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 class InputError(ValueError):
     """Something the user can mend: a flag, a file. Ends the program with its text alone, no traceback."""
+
+
+def wandb_mode() -> str:
+    """Return WANDB_MODE in lower case; "" where it is not set."""
+    return os.environ.get("WANDB_MODE", "").lower()
 
 
 def launched_precision() -> MixedPrecision:
@@ -180,6 +186,7 @@ class Config:
             not known, f"--resume {self.resume} is neither never, nor auto, nor the folder of a run or a checkpoint"
         )
         self._refuse_contradictions()
+        self._refuse_what_wandb_would()
         self.refuse_existing_run()
 
     def refuse_existing_run(self) -> None:
@@ -196,6 +203,22 @@ class Config:
             taken,
             f"--run-name {self.run_name}: there is such a run in {self.out} already: choose another name, "
             "or go on with it by --resume auto",
+        )
+
+    def _refuse_what_wandb_would(self) -> None:
+        """Refuse what would otherwise switch W&B off when the run has begun."""
+        for tag in self.tags:
+            _refuse(not 1 <= len(tag) <= 64, f"--tags {tag!r}: a tag has 1 to 64 characters")
+        name = "--wandb-project" if self.wandb_project else "WANDB_PROJECT"
+        project = self.wandb_project or os.environ.get("WANDB_PROJECT", "")
+        _refuse(
+            len(project) > 128 or bool(set(project) & set("/\\#?%:")),
+            f"{name} {project!r}: a project's name has at most 128 characters, and none of / \\ # ? % :",
+        )
+        mode = wandb_mode()
+        _refuse(
+            self.wandb == "auto" and mode not in WANDB_MODES,
+            f"WANDB_MODE={mode}: choose one of {', '.join(WANDB_MODES[1:])}",
         )
 
     def _require(self, holds: bool, flag: str, rule: str) -> None:
@@ -233,13 +256,18 @@ class Config:
         )
 
 
-def parse(args: list[str] | None = None, *, quiet: bool = False) -> Config:
+def parse(args: list[str] | None = None, *, quiet: bool = False, default: Config | None = None) -> Config:
     """Return the command line as a Config. Ends the program, with exit code 2, where it cannot be parsed.
 
-    quiet: print no usage and no error; for all ranks but one.
+    quiet: print no usage and no error; for all ranks but one. default: what holds where no flag is given.
     """
     return tyro.cli(
-        Config, args=args, prog="train.py", console_outputs=not quiet, config=(tyro.conf.FlagCreatePairsOff,)
+        Config,
+        args=args,
+        prog="train.py",
+        default=default or Config(),
+        console_outputs=not quiet,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 

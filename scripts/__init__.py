@@ -1,1 +1,8 @@
-"""All that a user runs beside training, each as a module: python -m scripts.compare."""
+"""What is run as `python -m scripts.NAME`; a reader that closes the pipe (`| head`) ends none of it in a traceback."""
+
+import sys
+
+from loop.run.stdout import forgive_stdout
+
+if sys.argv[0] == "-m":  # while Python looks for the module to run
+    forgive_stdout()

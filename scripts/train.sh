@@ -13,5 +13,5 @@ for flag in "$@"; do
     case $flag in --help | -h | --check) exit ;; esac
 done
 share_cores
-exec "$PYTHON" -m accelerate.commands.launch --config_file "$root/accelerate_config.yaml" --num_processes "$ranks" \
-    "$root/train.py" "$@"
+export LAUNCHED_BY="${NPROC:+NPROC=$NPROC }bash $0" # what to call to go on with a run
+exec "$PYTHON" "$root/scripts/launch.py" --standalone --nproc_per_node "$ranks" "$root/train.py" "$@"

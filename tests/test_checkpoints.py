@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +26,7 @@ from loop.config import InputError, parse
 from loop.run import checkpoints, folder
 from loop.run.checkpoints import Checkpoints
 from loop.run.folder import open_run
-from loop.run.resume import MANIFEST, digest, find_flaw, newest
+from loop.run.resume import MANIFEST, command_to_go_on, digest, find_flaw, keep_what_is_not_told, newest
 from tests.cases import relative_distance, toy_split
 from tests.launches import rows_of
 from tests.ranks import World
@@ -391,6 +393,44 @@ def test_an_effective_learning_rate_is_logged_where_it_scales_the_step(
     assert ("effective learning rate" in said) is logged
     for row in rows_of(tmp_path / "run"):
         assert ("step/lr_effective" in row) is (logged and "step/loss" in row)
+
+
+def test_a_resumed_run_keeps_what_it_is_not_told_to_change(tmp_path: Path) -> None:
+    words = "--group study --tags a b --notes remark --wandb-project project --log-every 2 --audit-every 4"
+    cut_short = f"{SMALL} --dataset {tmp_path} --out {tmp_path} {words} --run-name run"
+    assert train.train(parse(cut_short.split())) == 0
+    before = parse(cut_short.split())
+    told = ["--out", str(tmp_path), "--run-name", "run", "--resume", "auto", "--tags", "c"]
+    now = keep_what_is_not_told(parse(told), told, world_size=1)
+    assert now == replace(before, resume="auto", tags=("c",), lr=0.1)
+    assert keep_what_is_not_told(before, cut_short.split(), 1) == before, "without --resume auto"
+
+
+@pytest.mark.parametrize(
+    ("environ", "argv", "command"),
+    [
+        ({}, ["train.py"], "python train.py --run-name run --resume auto"),
+        (
+            {"LOCAL_WORLD_SIZE": "3"},
+            ["train.py", "--resume=auto", "--net", "mlp", "--run_name", "run", "--notes", "it's on"],
+            """torchrun --nproc_per_node 3 train.py --net mlp --notes 'it'"'"'s on' --run-name run --resume auto""",
+        ),
+        (
+            {"LAUNCHED_BY": "NPROC=4 bash scripts/train.sh", "LOCAL_WORLD_SIZE": "4"},
+            ["train.py", "--resume", "auto", "--out", "o"],
+            "NPROC=4 bash scripts/train.sh --out o --run-name run --resume auto",
+        ),
+    ],
+)
+def test_the_way_to_go_on_is_the_whole_command(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], argv: list[str], command: str
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LAUNCHED_BY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command_to_go_on("run") == command
 
 
 def test_the_speed_of_a_resumed_epoch_counts_what_was_trained_since(tmp_path: Path) -> None:

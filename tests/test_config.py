@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 import train
 from loop.config import Config, InputError, parse
 from loop.effect import effective_lr
+from loop.run import wandb_tracker
 from loop.run.resume import is_finished
 
 REFUSED = [
@@ -55,6 +58,12 @@ REFUSED = [
     ("--cpu --mixed-precision fp16", "--mixed-precision fp16 needs a GPU"),
     ("--tail drop --train-examples 100", "--tail drop leaves an epoch without a step"),
     ("--tail pad --accumulate 3", "--tail pad needs"),
+    (f"--tags {'x' * 65}", "a tag has 1 to 64 characters"),
+    (
+        "--wandb-project my/proj",
+        "--wandb-project 'my/proj': a project's name has at most 128 characters, and none of /",
+    ),
+    (f"--wandb-project {'x' * 129}", "a project's name has at most 128 characters"),
     ("--dataset no/such/folder", "--dataset no/such/folder: no file train-images-idx3-ubyte"),
 ]
 
@@ -174,3 +183,36 @@ def test_no_value_of_any_flag_ends_in_a_traceback(chosen: dict[str, str], world_
         is_finished(config, 60_000, world_size, quiet=True)
     except (SystemExit, InputError) as refusal:
         assert str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "refusal"),
+    [
+        ("WANDB_MODE", "of", "WANDB_MODE=of: choose one of online, offline, disabled, dryrun, run, shared"),
+        ("WANDB_PROJECT", "a:b", "WANDB_PROJECT 'a:b': a project's name has at most 128 characters, and none of"),
+    ],
+)
+def test_what_the_environment_tells_wandb_is_refused_too(
+    variable: str, value: str, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"^{re.escape(refusal)}"):
+        Config().validate()
+    if variable == "WANDB_MODE":
+        Config(wandb="disabled").validate()
+
+
+def test_an_empty_tag_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^--tags '': a tag has 1 to 64 characters$"):
+        Config(tags=("",)).validate()
+
+
+@pytest.mark.parametrize(
+    ("told", "mode"), [("OFFLINE", "offline"), ("Disabled", "disabled"), ("dryrun", "offline"), ("", "offline")]
+)
+def test_case_does_not_matter_and_empty_is_unset(told: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_tracker, "_why_not_online", lambda: "no key")
+    monkeypatch.setenv("WANDB_MODE", told)
+    Config().validate()
+    assert wandb_tracker.choose_mode(Config()).name == mode
+    assert os.environ.get("WANDB_MODE") == (told.lower() or None), "as W&B itself reads it"

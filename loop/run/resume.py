@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loop.config import FASHION_MNIST, Config, InputError
+from loop.config import FASHION_MNIST, Config, InputError, parse
 from loop.run.folder import RunFolder, plain, run_id_of
 
 NAMES, MANIFEST, STATE, WEIGHTS = "epoch-*-step-*", "manifest.json", "state.json", "model.safetensors"
@@ -23,6 +25,21 @@ MAY_CHANGE_ON_RESUME = {
     "accumulate", "epochs", "data_dir", "cpu", "out", "run_name", "group", "tags", "notes", "log_every", "audit_every",
     "audit_fail", "wandb", "wandb_project", "wandb_entity", "check", "checkpoint_every", "resume", "ddp_timeout",
 }  # fmt: skip
+
+
+def keep_what_is_not_told(config: Config, args: list[str], world_size: int) -> Config:
+    """Return the configuration of a run that goes on by `--resume auto`: where no flag is given, what it had before.
+
+    args: the command line. Raises InputError for a damaged run.
+    """
+    path = config.folder(world_size) / "config.json"
+    if config.resume != "auto" or run_id_of(path.parent) is None:
+        return config
+    written = json.loads(path.read_text(encoding="utf-8"))
+    before = {field.name: written[field.name] for field in fields(Config) if field.name in written}
+    before |= {"resume": "auto", "run_name": config.run_name, "out": config.out, "check": False}
+    before |= {"data_dir": Path(before["data_dir"]), "tags": tuple(before["tags"])}
+    return parse(args, quiet=True, default=Config(**before))
 
 
 def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any]:
@@ -140,7 +157,26 @@ def how_to_go_on(run: Path | None) -> str:
     kept = newest(run, quiet=True) if run else None
     if run is None or kept is None:
         return "It has no checkpoint"
-    return f"Its last checkpoint, {kept}, is kept: --run-name {run.name} --resume auto goes on"
+    return f"Its last checkpoint, {kept}, is kept. To go on: {command_to_go_on(run.name)}"
+
+
+def command_to_go_on(run_name: str) -> str:
+    """Return the command line that goes on with this process's run, for a shell."""
+    kept: list[str] = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        flag, equals, _ = word.replace("_", "-").partition("=")
+        if flag not in ("--resume", "--run-name"):
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = os.environ.get("LAUNCHED_BY")  # as scripts/train.sh has it
+    if launcher is None:
+        launcher = f"torchrun --nproc_per_node {ranks} {shlex.quote(sys.argv[0])}"
+        if ranks == "1":
+            launcher = f"python {shlex.quote(sys.argv[0])}"
+    return f"{launcher} {shlex.join([*kept, '--run-name', run_name, '--resume', 'auto'])}"
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:

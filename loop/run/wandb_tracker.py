@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from accelerate.tracking import GeneralTracker
 
-from loop.config import Config, InputError
+from loop.config import Config, InputError, wandb_mode
 from loop.effect import divisors as divisors_of
 from loop.effect import example_weights
 from loop.run.folder import RunFolder, plain
@@ -43,7 +43,11 @@ def choose_mode(config: Config) -> Mode:
     Asks the server for REQUEST_S seconds at most, and not at all without a key. Raises InputError where --wandb online
     cannot be had.
     """
-    asked = (os.environ.get("WANDB_MODE") or "auto") if config.wandb == "auto" else config.wandb
+    told = wandb_mode()
+    os.environ.pop("WANDB_MODE", None)  # W&B takes no empty one, and none in upper case
+    if told:
+        os.environ["WANDB_MODE"] = told
+    asked = (told or "auto") if config.wandb == "auto" else config.wandb
     source = "WANDB_MODE" if config.wandb == "auto" else "--wandb"
     if asked == "disabled":
         return Mode("disabled", source)

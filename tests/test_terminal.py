@@ -1,0 +1,70 @@
+"""What a terminal, or what stands in for one, can do to a program: close its output, interrupt it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launches import PYTHON, kill, start
+
+TINY = "--cpu --train-examples 300 --epochs 1 --wandb disabled --run-name run"
+
+
+def in_shell(command: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a pipeline, whose exit code is that of its first command."""
+    return subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("output", ["| head -1", "| head -7", "> /dev/full", ">&-"])
+def test_a_closed_or_full_stdout_never_harms_a_training(tmp_path: Path, output: str) -> None:
+    done = in_shell(f"{PYTHON} train.py {TINY} --out {tmp_path} {output}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_stdout_that_cannot_encode_a_name_never_harms_a_training(tmp_path: Path) -> None:
+    done = in_shell(f"{PYTHON} train.py {TINY} --out '{tmp_path}/größe'", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"gr\xf6\xdfe" in done.stdout
+
+
+def test_a_script_whose_reader_has_gone_ends_quietly() -> None:
+    done = in_shell(f"{PYTHON} -m scripts.explain --world-size 64 | head -1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("60000 examples")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])  # 10 s
+def test_train_sh_ends_with_the_message_and_the_signals_exit_code(tmp_path: Path, signum: signal.Signals) -> None:
+    flags = ["--train-examples", "2000", "--epochs", "100000", "--log-every", "5", "--run-name", "run"]
+    process = start(["bash", "scripts/train.sh"], tmp_path, *flags)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    try:
+        while not (rows.exists() and rows.stat().st_size):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            if signum == signal.SIGINT or each is process:  # a terminal interrupts all
+                each.send_signal(signum)
+        stderr = process.communicate(timeout=60)[1]
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == 128 + signum
+    last = stderr.splitlines()[-1]
+    assert last.startswith(f"train.py: stopped by {signum.name} after step ")
+    command = f"bash scripts/train.sh {' '.join(flags[:-2])} --out {tmp_path} --run-name run --resume auto"
+    assert last.endswith(f"is kept. To go on: {command}")
+    assert "Traceback" not in stderr
