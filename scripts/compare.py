@@ -68,6 +68,7 @@ def compare(runs: Sequence[Run], group: str | None, color_by: str | None, to: Pa
     panels = [panel for panel in PANELS if any(finite(run, panel) for run in runs)]
     empty = ", ".join(f"{panel.title} ({panel.key})" for panel in PANELS if panel not in panels)
     remarks = [f"Left out, as no run has data: {empty}."] if empty else []
+    remarks += [f"{run.name} has failed: {run.failure}." for run in runs if run.failure]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     html = page(f"{group}: {count}" if group else f"{count} compared", runs, panels, keys, key, table, remarks)
     try:
@@ -134,7 +135,7 @@ def draw(panel: Panel, runs: Sequence[Run], key: str, path: Path) -> None:
     columns = max(1, min(len(of_key), 360 // (64 + 5 * max(map(len, of_key)))))  # of the legend, in points
     figure = Figure(figsize=(5, 3.2 + 0.16 * -(-len(of_key) // columns)), layout="constrained")
     axes = figure.add_subplot(title=f"{panel.title} ({panel.unit})", xlabel="examples")
-    for group, (value, members) in enumerate(of_key.items()):
+    for group, members in enumerate(of_key.values()):
         colour, dash, width = style(group)
         for run in members:
             points = curves[run.name]
@@ -142,7 +143,7 @@ def draw(panel: Panel, runs: Sequence[Run], key: str, path: Path) -> None:
                 [x for x, _ in points], [y for _, y in points], color=colour, linewidth=2 * width, zorder=3 - width,
                 linestyle=(0, [length / 2 for length in dash]) if dash else "solid",
                 marker="osD^vP"[group % 6] if sparse or len(points) == 1 else None, markersize=4,
-                label=value if run is members[0] else None,
+                label=f"{group}" if run is members[0] else None,
             )  # fmt: skip
     axes.xaxis.set_major_formatter(EngFormatter())
     if panel.logarithmic:
@@ -151,7 +152,10 @@ def draw(panel: Panel, runs: Sequence[Run], key: str, path: Path) -> None:
         axes.yaxis.set_minor_formatter(Plain())
     axes.grid(alpha=0.4)
     title = None if key == RUN else key
-    figure.legend(loc="outside lower center", ncols=columns, title=title, fontsize=8, handlelength=4)
+    legend = figure.legend(loc="outside lower center", ncols=columns, title=title, fontsize=8, handlelength=4)
+    for text, value in zip(legend.get_texts(), of_key, strict=True):  # as it is: matplotlib gives "$" and "_" a meaning
+        text.set_text(value)
+        text.set_parse_math(False)
     figure.savefig(path, dpi=200)
 
 

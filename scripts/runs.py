@@ -1,4 +1,4 @@
-"""Runs read back from the folders that `loop.tracking` writes. Loads no torch."""
+"""Runs read back from the folders that `loop.run` writes. Loads no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loop.config import InputError
+from loop.run.folder import FAILED
 
 Curve = list[tuple[float, float]]
 """(examples, value), in order of examples; the value may be NaN or infinite."""
@@ -34,7 +35,7 @@ class Run:
     """A run, as far as it went.
 
     config: flat, values as text: {"versions": {"torch": "2.15.0"}} is "versions.torch". curves: one for each column of
-    metrics.jsonl that holds numbers. finished: whether it came to write its summary.
+    metrics.jsonl that holds numbers. finished: whether it came to write its summary. failure: why the training failed.
     """
 
     name: str
@@ -42,17 +43,32 @@ class Run:
     config: Mapping[str, str]
     curves: Mapping[str, Curve]
     finished: bool
+    failure: str | None = None
 
     @property
     def label(self) -> str:
-        """The run's name, and whether it is unfinished."""
+        """The run's name, and whether it is unfinished, or has failed."""
+        if self.failure:
+            return f"{self.name} (failed)"
         return self.name if self.finished else f"{self.name} (unfinished)"
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read runs, each folder once, and name them so that no two share a name. Raises InputError where one is no run."""
-    unique = list({folder.resolve(): folder for folder in folders}.values())
-    runs = [_read(folder, read_config(folder)) for folder in unique]
+    """Read runs, each folder once, and name them so that no two share a name; say on stderr what is left out.
+
+    Raises InputError where none of them is a run.
+    """
+    runs: list[Run] = []
+    refusals: list[InputError] = []
+    for folder in {folder.resolve(): folder for folder in folders}.values():
+        try:
+            runs.append(_read(folder, read_config(folder)))
+        except InputError as error:
+            refusals.append(error)
+    if not runs:
+        raise refusals[0]
+    for refusal in refusals:
+        print(f"left out: {refusal}", file=sys.stderr)
     names = [run.name for run in runs]
     return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
 
@@ -118,14 +134,16 @@ def _rank(value: str) -> tuple[bool, float, str]:
 
 
 def _read(folder: Path, config: Mapping[str, Any]) -> Run:
-    finished = (folder / "summary.json").is_file()
-    return Run(folder.resolve().name, folder, dict(_flat(config)), _curves(folder / "metrics.jsonl"), finished)
+    finished, failure = (folder / "summary.json").is_file(), None
+    if (folder / FAILED).is_file():
+        failure = str(json.loads((folder / FAILED).read_text())["reason"])
+    return Run(folder.resolve().name, folder, dict(_flat(config)), _curves(folder / "metrics.jsonl"), finished, failure)
 
 
 def _curves(path: Path) -> dict[str, Curve]:
-    """Read metrics.jsonl. A last line torn by a kill is no row; a row that a resumed run wrote again replaces it.
+    """Read metrics.jsonl. A row that a resumed run wrote again replaces the earlier one.
 
-    Raises InputError where another line is torn.
+    A last line torn by a kill is no row; of another line that is none, stderr says that it is left out.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -137,10 +155,10 @@ def _curves(path: Path) -> dict[str, Curve]:
     for number, line in enumerate(lines, start=1):
         try:
             row = {key: _number(value) for key, value in json.loads(line).items()}
-        except (ValueError, AttributeError):
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number} is no row: delete that line, or leave this run out") from None
+        except (ValueError, AttributeError, OverflowError):
+            if number < len(lines):
+                print(f"left out: {path}, line {number}: no row of numbers", file=sys.stderr)
+            continue
         examples = row.get("examples", math.nan)
         for key, value in row.items():
             if value is not None and examples is not None and math.isfinite(examples):

@@ -5,7 +5,8 @@ r"""Train a grid: every flag of train.py may be given several values, and every 
     python -m scripts.compare --group first-look
 
 All runs of one world size share a launch: imports and process group are paid once. A second call goes on where the
-first was stopped: finished runs are skipped, an unfinished one is put aside and trained again.
+first was stopped: finished runs are skipped, an unfinished one is put aside and trained again. A run that fails, since
+its loss is not finite or by its audit, is recorded and named, and the others are trained; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from tqdm import tqdm
 
 from loop.config import Config, InputError, check_run_name, parse
 from loop.run.fetch import provide
+from loop.run.folder import FAILED
+from loop.run.run import Run
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.2
@@ -90,8 +93,8 @@ def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
 
 
 def is_finished(run: Planned) -> bool:
-    """Whether the run is there, whole. Raises InputError where a finished run of this name was another's."""
-    if not (run.folder / "summary.json").exists():
+    """Whether the run is there, whole or failed. Raises InputError where a finished run of this name was another's."""
+    if not has_ended(run):
         return False
     made_by = asdict(parse(json.loads((run.folder / "config.json").read_text())["argv"][1:]))
     different = [name for name, value in asdict(run.config).items() if made_by[name] != value]
@@ -99,6 +102,11 @@ def is_finished(run: Planned) -> bool:
         change = ", ".join(different)
         raise InputError(f"{run.folder} was made with another {change}: choose another --group, or move it away")
     return True
+
+
+def has_ended(run: Planned) -> bool:
+    """Whether the run has come to its own end, good or bad."""
+    return any((run.folder / name).exists() for name in ("summary.json", FAILED))
 
 
 def put_aside(run: Planned) -> None:
@@ -130,7 +138,7 @@ def launch(runs: list[Planned], log: Path, bar: tqdm[None]) -> int:
         try:
             while True:
                 ended = process.poll() is not None
-                for run in [run for run in waiting if (run.folder / "summary.json").exists()]:
+                for run in filter(has_ended, list(waiting)):
                     waiting.remove(run)
                     bar.update()
                 if ended:
@@ -142,13 +150,16 @@ def launch(runs: list[Planned], log: Path, bar: tqdm[None]) -> int:
 
 
 def work(lines: list[list[str]]) -> int:
-    """Train on this rank, one run after the other; return the first exit code that is not 0."""
-    import train
+    """Train on this rank, one run after the other, whichever fail; return the exit code of one that is stopped."""
+    from train import fit
 
     for line in lines:
         sys.argv = ["train.py", *line]
-        if exit_code := train.train(parse(line)):
-            return exit_code
+        config = parse(line)
+        with Run(config) as run:
+            fit(config, run)
+        if run.exit_code and not run.failed:
+            return run.exit_code
     return 0
 
 
@@ -178,10 +189,14 @@ def main() -> int:
         return 2
     if exit_code:
         return exit_code
+    failed = [run for run in runs if (run.folder / FAILED).exists()]
+    for run in failed:
+        reason = json.loads((run.folder / FAILED).read_text())["reason"]
+        print(f"scripts.sweep: {run.folder} has failed: {reason}", file=sys.stderr)
     print(f"{len(runs)} runs in {out}; to compare: python -m scripts.compare --group {args.group} --out {out}")
     if list(out.glob(f"{args.group}-*/wandb/offline-run-*")):
         print(f"W&B has those kept offline after: wandb sync {out}/{args.group}-*/wandb/offline-run-*")
-    return 0
+    return 1 if failed else 0
 
 
 def run_all(runs: list[Planned], out: Path, name: str) -> int:

@@ -55,6 +55,7 @@ def test_runs_of_another_precision_get_a_launch_of_their_own(tmp_path: Path) -> 
     assert len({run.launch_key for run in runs}) == 2
 
 
+@pytest.mark.slow  # 15 s
 def test_a_sweep_trains_each_run_once_and_a_second_call_none(tmp_path: Path) -> None:
     flags = ["--world-size", "1", "2", "--reduction", "mean", "sum"]
     done = sweep(tmp_path, *flags)
@@ -70,6 +71,23 @@ def test_a_sweep_trains_each_run_once_and_a_second_call_none(tmp_path: Path) -> 
     changed = sweep(tmp_path, *flags, "--seed", "1")
     assert changed.returncode == 2
     assert "was made with another seed" in changed.stderr
+
+
+@pytest.mark.parametrize("world_size", ["1", pytest.param("2", marks=pytest.mark.slow)])  # 12 s each
+def test_a_run_that_diverges_is_recorded_and_the_others_are_trained(tmp_path: Path, world_size: str) -> None:
+    flags = ["--dtype", "float32", "--reduction", "sum", "--lr", "9e37", "1e-4", "--world-size", world_size]
+    done = sweep(tmp_path, *flags)
+    assert done.returncode == 1
+    bad, good = (tmp_path / f"g-sum-global-ragged-w{world_size}-b256-lr{lr}" for lr in ("9e37", "1e-4"))
+    reason = json.loads((bad / "failed.json").read_text())["reason"]
+    assert reason.startswith("the loss is nan") and not (bad / "summary.json").exists()
+    assert (good / "summary.json").exists() and not (good / "failed.json").exists()
+    said = f"scripts.sweep: {bad} has failed: {reason}\n"
+    assert done.stderr.endswith(said)
+    ended = (bad / "failed.json").stat().st_mtime_ns
+    again = sweep(tmp_path, *flags)
+    assert again.returncode == 1 and again.stderr.endswith(said)
+    assert (bad / "failed.json").stat().st_mtime_ns == ended, "it is not trained for ever"
 
 
 @pytest.mark.slow  # 15 s

@@ -16,6 +16,7 @@ from typing import Any
 
 from loop.config import Config, InputError
 
+FAILED = "failed.json"  # in place of a summary: why the training itself came to an end
 LOCK_S = 20  # ranks whose launcher was killed end within this time
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from loop.config import Config
 from loop.effect import steps_by_lr, target_reduction
+from loop.run.folder import FAILED, write_json
 from loop.run.launch import leave_ranks_at_exit
 from loop.run.stopping import StopSignal
 
@@ -60,8 +61,9 @@ class Run:
 
     device, rank, world_size, is_main: of this process. progress: where the run stands. exit_code: of the process.
     After `open`: shards, the plan of an epoch; folder, its path; resume_from, the checkpoint to go on from, or None.
-    stopping: whether the ranks have agreed to stop. saved_in_epoch_s, saved_between_epochs_s: seconds that checkpoints
-    took since the last epoch row, within an epoch's training and after it.
+    stopping: whether the ranks have agreed to stop. failed: whether the training itself has, on all ranks.
+    saved_in_epoch_s, saved_between_epochs_s: seconds that checkpoints took since the last epoch row, within an epoch's
+    training and after it.
     """
 
     folder: Path
@@ -69,7 +71,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.exit_code, self.stopping = 1, False
+        self.exit_code, self.stopping, self.failed = 1, False, False
         self.saved_in_epoch_s = self.saved_between_epochs_s = 0.0
 
     def __enter__(self) -> Run:
@@ -104,7 +106,7 @@ class Run:
         from accelerate.utils import broadcast_object_list
 
         from loop.run import console
-        from loop.run.folder import open_run, write_json
+        from loop.run.folder import open_run
         from loop.run.resume import prepare_resume
 
         self.shards = self.config.shards(examples, self.world_size)
@@ -119,6 +121,7 @@ class Run:
         described = self._describe()
         if self.is_main:
             write_json(self.folder / "config.json", described)
+            (self.folder / FAILED).unlink(missing_ok=True)
             for tracker in self.trackers:
                 tracker.files = self.files
         self.accelerator.init_trackers("", described)
@@ -237,7 +240,6 @@ class Run:
 
         from loop.run import console
         from loop.run.checkpoints import failing_as_os_error
-        from loop.run.folder import write_json
 
         if self.is_main:
             with failing_as_os_error(self.folder):
@@ -253,6 +255,9 @@ class Run:
             self.exit_code = error.exit_code
             then = f" {self.how_to_go_on()}" if error.goes_on else ""
             self.accelerator.print(f"train.py: {error} after step {self.progress.step}.{then}", file=sys.stderr)
+            self.failed = not isinstance(error, Stopped)
+            if self.failed and self.is_main:
+                write_json(self.folder / FAILED, {"reason": str(error), "step": self.progress.step})
         elif error is None:
             self.exit_code = 0
         self.stop.handled.set()
