@@ -131,7 +131,7 @@ class Checkpoints:
             ) from error
         self.progress.restore(state_of(checkpoint)["progress"], run.rank, run.world_size)
         self.good = [checkpoint]
-        run.accelerator.print(f"going on from {checkpoint}: {self.progress.step} steps are done", flush=True)
+        run.say(f"going on from {checkpoint}: {self.progress.step} steps are done")
 
     def _replica(self, checkpoint: Path) -> Path:
         return checkpoint / f"replica_{self.run.rank}.safetensors"

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from loop.config import Config
 from loop.effect import steps_by_lr, target_reduction
@@ -125,7 +125,7 @@ class Run:
             for tracker in self.trackers:
                 tracker.files = self.files
         self.accelerator.init_trackers("", described)
-        self.accelerator.print(console.opening(self.config, self.shards, self.device.type, self.folder), flush=True)
+        self.say(console.opening(self.config, self.shards, self.device.type, self.folder))
 
     def _describe(self) -> dict[str, Any]:
         """Return what config.json holds: every flag, what follows, what the run runs on. Every rank must call."""
@@ -163,6 +163,11 @@ class Run:
         prepared = prepare_net(self.accelerator, net.to(dtype))
         settle_buckets(prepared, torch.empty(0, 1, 28, 28, dtype=dtype, device=self.device))
         return prepared
+
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Print, on the main process alone: `Accelerator.print` does on each machine."""
+        if self.is_main:
+            print(text, file=file, flush=True)
 
     @property
     def told_to_stop(self) -> bool:
@@ -254,7 +259,7 @@ class Run:
         if isinstance(error, RunEnded):
             self.exit_code = error.exit_code
             then = f" {self.how_to_go_on()}" if error.goes_on else ""
-            self.accelerator.print(f"train.py: {error} after step {self.progress.step}.{then}", file=sys.stderr)
+            self.say(f"train.py: {error} after step {self.progress.step}.{then}", file=sys.stderr)
             self.failed = not isinstance(error, Stopped)
             if self.failed and self.is_main:
                 write_json(self.folder / FAILED, {"reason": str(error), "step": self.progress.step})
