@@ -25,12 +25,12 @@ from loop.run.fetch import provide
 from loop.run.launch import count_gpus, launched_local_rank, launched_world_size
 from loop.run.resume import is_finished, keep_what_is_not_told
 from loop.run.run import Run
-from loop.run.stdout import forgive_stdout
+from loop.run.streams import forgive_streams
 
 
 def main() -> None:
     """Read the command line, check it, train."""
-    forgive_stdout()
+    forgive_streams()
     reports_errors = launched_local_rank() == 0
     config = parse(quiet=not reports_errors)
     try:

@@ -2,7 +2,7 @@
 
 import sys
 
-from loop.run.stdout import forgive_stdout
+from loop.run.streams import forgive_streams
 
 if sys.argv[0] == "-m":  # while Python looks for the module to run
-    forgive_stdout()
+    forgive_streams()

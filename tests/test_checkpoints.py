@@ -402,7 +402,7 @@ def test_a_resumed_run_keeps_what_it_is_not_told_to_change(tmp_path: Path) -> No
     before = parse(cut_short.split())
     told = ["--out", str(tmp_path), "--run-name", "run", "--resume", "auto", "--tags", "c"]
     now = keep_what_is_not_told(parse(told), told, world_size=1)
-    assert now == replace(before, resume="auto", tags=("c",), lr=0.1)
+    assert now == replace(before, resume="auto", tags=("c",), lr=0.1, cpu=False)
     assert keep_what_is_not_told(before, cut_short.split(), 1) == before, "without --resume auto"
 
 

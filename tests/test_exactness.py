@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +24,16 @@ UPDATERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("updater", UPDATERS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("tail", ["spread", "ragged", "pad", "drop"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("world_size", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])  # 70 s
+CHOICES = [1, 3], ["spread", "ragged", "pad", "drop"], ["mean", "sum"], list(UPDATERS)
+GRID = [  # each mode at one number of ranks, each choice at all of them; the rest where the suite may take long: 70 s
+    pytest.param(world_size, *mode, marks=[] if sum(places) % 4 == world_size - 1 else pytest.mark.slow)
+    for places in itertools.product(*(range(len(values)) for values in CHOICES))
+    for mode in [[values[place] for values, place in zip(CHOICES, places, strict=True)]]
+    for world_size in (1, 2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(("world_size", "accumulate", "tail", "reduction", "updater"), GRID)
 def test_global_takes_the_steps_of_one_process(
     world: Callable[[int], World], world_size: int, accumulate: int, tail: str, reduction: str, updater: str
 ) -> None:

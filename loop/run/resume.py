@@ -36,7 +36,8 @@ def keep_what_is_not_told(config: Config, args: list[str], world_size: int) -> C
     if config.resume != "auto" or run_id_of(path.parent) is None:
         return config
     written = json.loads(path.read_text(encoding="utf-8"))
-    before = {field.name: written[field.name] for field in fields(Config) if field.name in written}
+    kept = {field.name for field in fields(Config)} - {"cpu"}  # which no flag would switch off
+    before = {name: written[name] for name in kept if name in written}
     before |= {"resume": "auto", "run_name": config.run_name, "out": config.out, "check": False}
     before |= {"data_dir": Path(before["data_dir"]), "tags": tuple(before["tags"])}
     return parse(args, quiet=True, default=Config(**before))

@@ -1,0 +1,30 @@
+"""Standard output and standard error that harm nobody: what cannot be written to them is dropped."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+
+class _Forgiving(io.FileIO):
+    """A stream's file, which takes what it cannot write, because its reader has gone or its disk is full."""
+
+    def write(self, data: Any) -> int:
+        """Write the bytes, or drop them."""
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def forgive_streams() -> None:
+    """Let no later print end this program, whatever becomes of its streams, and whatever they can encode."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            file: Any = _Forgiving(descriptor, "w", closefd=False)
+            wrapped = io.TextIOWrapper(
+                io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+            )
+            setattr(sys, name, wrapped)

@@ -1,0 +1,81 @@
+"""The watchdog by itself: who is named, by whom, and who is left alone. (tests/test_faults.py has whole trainings.)"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.launches import PYTHON
+
+TIMEOUT_S = 2
+RANK = f"""
+import os, sys, time
+from loop.run.watchdog import Watchdog
+
+rank, world_size, case = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
+
+def lost(cause):
+    if cause:
+        print(cause, flush=True)
+    os._exit(1)
+
+with Watchdog(rank, world_size, {TIMEOUT_S}, lost) as watchdog:
+    for _ in range(3 if case == "hangs" and rank == 1 else 4):  # the others wait for it in the fourth
+        watchdog.advance()
+    print("at work", flush=True)
+    time.sleep(4 * {TIMEOUT_S} if case == "slow" else 60 if case in ("hangs", "stops") else 12)
+"""
+LEFT_ALONE: list[str] = []
+
+
+def ranks_of(case: str, world_size: int, store: TCPStore) -> list[subprocess.Popen[str]]:
+    environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    ranks = [
+        subprocess.Popen(
+            [PYTHON, "-c", RANK, case], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **environ, "RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    for rank in ranks:
+        assert rank.stdout and rank.stdout.readline() == "at work\n"
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "named"),
+    [
+        ("hangs", 3, ["rank 1 is alive, but does not come to where the others wait: it hangs"]),
+        pytest.param("slow", 2, LEFT_ALONE, marks=pytest.mark.slow),  # 12 s
+        pytest.param(
+            "stops", 2, ["rank 1 is dead, stopped, or cut off: no sign of life for 3 s"], marks=pytest.mark.slow
+        ),  # 12 s
+        pytest.param("the whole job is stopped and goes on", 2, LEFT_ALONE, marks=pytest.mark.slow),  # 18 s
+    ],
+)
+def test_one_rank_names_who_is_lost_and_ranks_that_are_slow_together_are_left_alone(
+    case: str, world_size: int, named: list[str]
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = ranks_of(case, world_size, store)
+    stopped = {"stops": ranks[1:]}.get(case, ranks if "job" in case else [])
+    try:
+        for rank in stopped:
+            rank.send_signal(signal.SIGSTOP)
+        if "job" in case:
+            time.sleep(4 * TIMEOUT_S)
+            for rank in stopped:
+                rank.send_signal(signal.SIGCONT)
+        watching = [rank for rank in ranks if rank not in stopped or "job" in case]
+        said = [rank.communicate(timeout=TIMEOUT_S + 15)[0] for rank in watching]
+        assert [line for text in said for line in text.splitlines()] == named
+        assert {rank.returncode for rank in watching} == ({1} if named else {0})
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
