@@ -396,13 +396,15 @@ def test_an_effective_learning_rate_is_logged_where_it_scales_the_step(
 
 
 def test_a_resumed_run_keeps_what_it_is_not_told_to_change(tmp_path: Path) -> None:
-    words = "--group study --tags a b --notes remark --wandb-project project --log-every 2 --audit-every 4"
+    words = "--tf32 --group study --tags a b --notes remark --wandb-project project --log-every 2 --audit-every 4"
     cut_short = f"{SMALL} --dataset {tmp_path} --out {tmp_path} {words} --run-name run"
     assert train.train(parse(cut_short.split())) == 0
     before = parse(cut_short.split())
     told = ["--out", str(tmp_path), "--run-name", "run", "--resume", "auto", "--tags", "c"]
     now = keep_what_is_not_told(parse(told), told, world_size=1)
     assert now == replace(before, resume="auto", tags=("c",), lr=0.1, cpu=False)
+    again = [*cut_short.split(), "--resume", "auto"]
+    assert keep_what_is_not_told(parse(again), again, 1) == parse([*again, "--lr", "0.1"]), "told everything once more"
     assert keep_what_is_not_told(before, cut_short.split(), 1) == before, "without --resume auto"
 
 

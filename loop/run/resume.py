@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ def keep_what_is_not_told(config: Config, args: list[str], world_size: int) -> C
     if config.resume != "auto" or run_id_of(path.parent) is None:
         return config
     written = json.loads(path.read_text(encoding="utf-8"))
-    kept = {field.name for field in fields(Config)} - {"cpu"}  # which no flag would switch off
+    switches = {"cpu", "tf32", "check"}  # which no flag would turn off again
+    kept = {field.name for field in fields(Config)} - switches
     before = {name: written[name] for name in kept if name in written}
-    before |= {"resume": "auto", "run_name": config.run_name, "out": config.out, "check": False}
+    before |= {"resume": "auto", "run_name": config.run_name, "out": config.out}
     before |= {"data_dir": Path(before["data_dir"]), "tags": tuple(before["tags"])}
-    return parse(args, quiet=True, default=Config(**before))
+    told = parse(args, quiet=True, default=Config(**before))
+    return replace(told, tf32=told.tf32 or written.get("tf32", False))  # it decides the weights, and cannot change
 
 
 def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any]:
