@@ -32,7 +32,7 @@ setup() {
 make_environment() {
     local python
     "$1/bin/python" -c '' 2>/dev/null && [ -e "$1/bin/activate" ] && return
-    for python in python3 python3.14 python3.13 python3.12 python3.11 none; do
+    for python in "$1/bin/python" python3 python3.14 python3.13 python3.12 python3.11 none; do
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     done
     [ "$python" != none ] || die "needs Python 3.11 or later, and finds none"

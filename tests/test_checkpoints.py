@@ -98,7 +98,7 @@ def assert_equal(a: Path, b: Path) -> None:
         ("--net lenet --normalize rank --tail ragged --audit-every 1", 9),
     ],
 )
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])  # 10 s
 def test_a_run_goes_on_bit_for_bit(world: Worlds, tmp_path: Path, world_size: int, flags: str, crash_at: int) -> None:
     ranks = world(world_size)
     ranks.run(run_here, f"{flags} --run-name whole", tmp_path)

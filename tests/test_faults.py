@@ -72,7 +72,7 @@ def rank_0_says(ranks: list[subprocess.Popen[str]]) -> str:
     return line
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])  # 12 s, 17 s
 def test_a_rank_that_dies_is_named_by_one_of_the_others(tmp_path: Path, victim: int) -> None:
     with job(tmp_path, 3 if victim else 2) as ranks:
         ranks[victim].kill()

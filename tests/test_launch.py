@@ -89,6 +89,7 @@ def test_micro_batches_come_from_the_flag_alone(
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.slow  # 14 s
 def test_accelerate_launch_hands_its_precision_on_and_its_compiler_is_refused(tmp_path: Path) -> None:
     how = [
         PYTHON,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import train
+from loop.config import parse
 from loop.nets import make_net
 from tests.cases import relative_distance
 from tests.launches import LAUNCHES, PYTHON, launch, rows_of
@@ -82,9 +84,9 @@ def test_the_plain_mode_names_its_error(tmp_path: Path) -> None:
 
 
 def test_a_second_run_of_the_same_mode_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    flags = ["--cpu", "--wandb", "disabled", "--train-examples", "300", "--epochs", "1", "--accumulate", "2"]
     for _ in range(2):
-        done = launch(LAUNCHES["python"], tmp_path, "--train-examples", "300", "--epochs", "1", "--accumulate", "2")
-        assert done.returncode == 0, done.stderr
+        assert train.train(parse([*flags, "--out", str(tmp_path)])) == 0
     assert {run.name for run in tmp_path.iterdir()} == {"mean-global-spread-w1-b256", "mean-global-spread-w1-b256-2"}
 
 
