@@ -219,7 +219,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             self._safely(self._log_model, rows=0)
         uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
         self._safely(wandb.teardown, rows=0)
-        if self.files.path.exists():  # else W&B's file was deleted with the run's folder
+        if (self.files.path / "metrics.jsonl").exists():  # else W&B's file was deleted with the run's folder
             self._say_where(uploaded)
 
     def _log_curves(self) -> None:
