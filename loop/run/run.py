@@ -273,13 +273,13 @@ class Run:
 
     def _report(self, error: BaseException | None) -> bool:
         """Say in one line, if it is for this rank to say, why it cannot go on; return whether that is known."""
-        from loop.run.watchdog import in_one_line, is_from_backend
+        from loop.run.watchdog import first_line, is_from_backend
 
         assert error
         line = f"the run cannot be saved: {error}" if isinstance(error, OSError) else None
         if is_from_backend(error):
             cause = self.watchdog.cause() or "a collective failed"
-            line = f"{cause} (the backend: {in_one_line(error)})"
+            line = f"{cause} (the backend: {first_line(error)})"
         if self.watchdog.is_first_to_fail() and line:
             print(f"train.py: error: {line}. {self.how_to_go_on()}", file=sys.stderr)
         return line is not None

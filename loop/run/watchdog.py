@@ -175,7 +175,7 @@ def is_from_backend(error: BaseException) -> bool:
     return isinstance(error, DistError) or "/gloo/" in str(error)
 
 
-def in_one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return an error's first line, and the reason that NCCL adds in a later one."""
     text = str(error)
     return " ".join([text.splitlines()[0], *text.partition("Last error:\n")[2].splitlines()[:1]])
