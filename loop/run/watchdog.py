@@ -86,8 +86,12 @@ class Watchdog:
 
     def cause(self) -> str | None:
         """Return which ranks are lost, None if all are there and have come equally far. Takes ANSWER_S at most."""
+        if not self.store:
+            return None
         no_answer: str | None = self._lost_store()
-        return self._in_time(self._look, no_answer) if self.store else None
+        began = time.monotonic()
+        cause = self._in_time(self._look, no_answer)
+        return cause if time.monotonic() - began < ANSWER_S + BEAT_S else None  # its own job was stopped meanwhile
 
     def _in_time(self, ask: Callable[[], T], otherwise: T) -> T:
         """Return what the store answers within ANSWER_S.
@@ -114,8 +118,10 @@ class Watchdog:
 
     def _look(self) -> str | None:
         try:
-            before = self._read()
+            before, began = self._read(), time.monotonic()
             time.sleep(LISTEN_S)
+            if time.monotonic() - began > LISTEN_S + BEAT_S:
+                return None  # stopped with its job, as the others were
             after = self._read()
         except RuntimeError:
             return self._lost_store()
