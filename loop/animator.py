@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loop.files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -60,9 +62,9 @@ class Animator:
 
     def save(self) -> None:
         """Write the curves to `path`, whole or not at all."""
-        scratch = self.path.with_name(f".{self.path.name}")
-        self._figure().savefig(scratch, format="png", dpi=150)
-        scratch.replace(self.path)
+        picture = io.BytesIO()
+        self._figure().savefig(picture, format="png", dpi=150)
+        write_whole(self.path, picture.getvalue())
         self.drawn_at = time.monotonic()
 
     def _show(self) -> None:

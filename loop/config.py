@@ -166,8 +166,7 @@ class Config:
         at_least_1 = ("batch_size", "accumulate", "epochs", "log_every")
         for flag in at_least_1 if self.train_examples is None else (*at_least_1, "train_examples"):
             self._require(getattr(self, flag) >= 1, flag, "must be at least 1")
-        self._require(self.epochs <= 10**6, "epochs", "must be at most a million")
-        self._require(self.accumulate <= 4096, "accumulate", "must be at most 4096")
+        self._require(self.accumulate <= self.batch_size, "accumulate", "must be at most --batch-size")
         self._require(0 <= self.seed < 2**63, "seed", "must be from 0 to 2^63 - 1")
         self._require(0 < self.learning_rate < FLOAT32, "lr", "must be above 0 and below 1e38")
         if self.clip_norm is not None:

@@ -7,5 +7,6 @@ source scripts/setup.sh
 setup "$PWD" requirements.txt tests/requirements.txt
 
 "$PYTHON" train.py --check
-# A test starts up to four ranks, and some hold them to a time: four cores each.
-exec "$PYTHON" -m pytest --numprocesses $(($(count_cores) / 4)) --dist loadfile -m "not slow" "$@"
+# As many tests at once as there are cores, up to eight: most of them wait for processes that they start.
+cores=$(count_cores)
+exec "$PYTHON" -m pytest --numprocesses $((cores < 8 ? cores : 8)) --dist loadfile -m "not slow" "$@"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
@@ -26,7 +26,7 @@ from loop.config import InputError, parse
 from loop.run import checkpoints, folder
 from loop.run.checkpoints import Checkpoints
 from loop.run.folder import open_run
-from loop.run.resume import MANIFEST, command_to_go_on, digest, find_flaw, keep_what_is_not_told, newest
+from loop.run.resume import STATE, command_to_go_on, find_flaw, keep_what_is_not_told, newest
 from tests.cases import relative_distance, toy_split
 from tests.launches import rows_of
 from tests.ranks import World
@@ -146,7 +146,7 @@ def test_the_last_two_checkpoints_are_kept(cut: Path) -> None:
     assert kept == ["epoch-0002-step-00000005", "epoch-0002-step-00000006"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "state.json", MANIFEST])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", STATE])
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(cut: Path, name: str) -> None:
     path = cut / "checkpoints" / "epoch-0002-step-00000006" / name
     path.write_bytes(path.read_bytes()[:-7])
@@ -175,13 +175,25 @@ def test_a_checkpoint_whose_rows_are_gone_is_named_and_left_out(cut: Path) -> No
     assert_equal(cut, cut.parent / "whole")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"state.json": "x"}', "[]", "nothing"])
-def test_a_manifest_that_does_not_vouch_for_all_vouches_for_nothing(cut: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["{}", '{"bytes": {"model.safetensors": "x"}}', "[]", "nothing"])
+def test_a_checkpoint_of_another_form_is_left_out(cut: Path, content: str) -> None:
     checkpoint = newest(cut)
     assert checkpoint
-    (checkpoint / MANIFEST).write_text(content)
+    (checkpoint / STATE).write_text(content)
     assert find_flaw(checkpoint)
     assert newest(cut) != checkpoint
+
+
+def test_a_checkpoint_from_before_its_sizes_were_kept_is_gone_on_from(cut: Path) -> None:
+    checkpoint = newest(cut)
+    assert checkpoint
+    state = json.loads((checkpoint / STATE).read_text())
+    del state["bytes"]
+    (checkpoint / STATE).write_text(json.dumps(state))
+    (checkpoint / "manifest.json").write_text('{"state.json": "its SHA-256"}')
+    code, said = run_here("--run-name cut --resume auto", cut.parent)
+    assert code == 0 and "6 steps are done" in said
+    assert_equal(cut, cut.parent / "whole")
 
 
 def test_a_folder_with_rows_of_nobody_is_left_alone(cut: Path) -> None:
@@ -216,8 +228,9 @@ def test_a_pickle_that_would_run_code_is_refused(cut: Path) -> None:
     checkpoint = newest(cut, json.loads((cut / "config.json").read_text())["wandb_id"])
     assert checkpoint
     torch.save(Evil(), checkpoint / "optimizer.bin")
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"optimizer.bin": digest(checkpoint / "optimizer.bin")}))
+    state = json.loads((checkpoint / STATE).read_text())
+    state["bytes"]["optimizer.bin"] = (checkpoint / "optimizer.bin").stat().st_size
+    (checkpoint / STATE).write_text(json.dumps(state))
     with pytest.raises(InputError, match=r"cannot be loaded \(.*[Ww]eights.only"):
         run_here("--run-name cut --resume auto", cut.parent)
     assert not (cut / "it ran").exists()
@@ -318,10 +331,8 @@ def test_a_path_that_is_no_use_is_refused_before_anything_starts(
 
 def test_a_run_that_another_process_trains_is_refused(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "LOCK_S", 0.1)
-    with (cut / "metrics.jsonl").open("a") as rows:
-        fcntl.flock(rows, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is training this run"):
-            run_here("--run-name cut --resume auto", cut.parent)
+    with FileLock(cut / ".lock"), pytest.raises(InputError, match="another process is training this run"):
+        run_here("--run-name cut --resume auto", cut.parent)
 
 
 @pytest.mark.parametrize("call", range(1, 9))

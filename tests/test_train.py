@@ -52,7 +52,7 @@ def test_every_launch_logs_the_same_rows(runs: dict[str, tuple[Path, str]]) -> N
 def test_a_run_leaves_its_folder_complete(runs: dict[str, tuple[Path, str]]) -> None:
     for run, _ in runs.values():
         assert {path.name for path in run.iterdir()} == {
-            "config.json", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors", "checkpoints",
+            "config.json", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors", "checkpoints", ".lock",
         }  # fmt: skip
     run, _ = runs["torchrun, 3 ranks"]
     assert run.name == "mean-global-ragged-w3-b128"

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from loop.audit import bare
 from loop.book import widest
 from loop.config import InputError
+from loop.files import sync
 from loop.progress import Progress
 from loop.reduction import global_count
 from loop.run.folder import write_json
-from loop.run.resume import MANIFEST, NAMES, STATE, digest, mathematics, state_of
+from loop.run.resume import NAMES, STATE, mathematics, state_of
 from loop.run.run import Run
 from loop.run.watchdog import is_from_backend
 from loop.shards import Cell
@@ -97,8 +98,8 @@ class Checkpoints:
         sync(rows)
         progress = {**self.progress.position(), "rows": rows.stat().st_size, "sums": sums}
         decisive = mathematics(self.config, self.run.shards.examples, self.run.world_size)
-        write_json(scratch / STATE, {"progress": progress, "mathematics": decisive, "identity": self.run.run_id})
-        write_json(scratch / MANIFEST, {path.name: digest(path) for path in sorted(scratch.iterdir())})
+        state = {"progress": progress, "mathematics": decisive, "identity": self.run.run_id}
+        write_json(scratch / STATE, {**state, "bytes": {path.name: path.stat().st_size for path in scratch.iterdir()}})
         for path in (*scratch.iterdir(), scratch):
             sync(path)
         final = scratch.parent / f"epoch-{progress['epoch']:04}-step-{progress['step']:08}"
@@ -135,15 +136,6 @@ class Checkpoints:
 
     def _replica(self, checkpoint: Path) -> Path:
         return checkpoint / f"replica_{self.run.rank}.safetensors"
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's names, before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

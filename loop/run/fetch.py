@@ -18,15 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from loop.config import FASHION_MNIST, Config, InputError
+from loop.files import write_whole
 from loop.idx import UNREADABLE, raw_folder, read_idx_split, read_plain_or_gz
+from loop.run.folder import acquire
 
 SHA256 = {  # of the uncompressed files
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -74,7 +76,7 @@ def fetch_fashion_mnist(data_dir: Path) -> None:
         if not os.access(raw, os.W_OK) and not _problems(raw):
             return  # a good read-only copy: nothing to do, and nowhere to remember it
         raw.mkdir(parents=True, exist_ok=True)
-        with _lock(data_dir):
+        with acquire(_lock_path(data_dir), f"another process that fetches Fashion-MNIST into {data_dir}"):
             if not _remembered(raw):
                 _fetch(raw, _problems(raw))
     except OSError as error:
@@ -150,7 +152,7 @@ def _install(folder: Path, raw: Path, names: list[str]) -> None:
             if problem := _mismatch(name, hashlib.sha256(content).hexdigest()):
                 reasons.append(f"{path.name} {problem}")
                 continue
-            _write_atomically(raw / name, content)
+            write_whole(raw / name, content)
             break
         else:
             raise UnavailableError("; ".join(reasons) or f"no {name}")
@@ -250,7 +252,7 @@ def _stamp(raw: Path) -> dict[str, list[int]]:
 
 
 def _remember(raw: Path) -> None:
-    _write_atomically(raw / "verified.json", json.dumps(_stamp(raw)).encode())
+    write_whole(raw / "verified.json", json.dumps(_stamp(raw)).encode())
 
 
 def _remembered(raw: Path) -> bool:
@@ -261,34 +263,8 @@ def _remembered(raw: Path) -> bool:
         return False
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _lock_path(data_dir: Path) -> Path:
     return data_dir / "FashionMNIST" / ".lock"
-
-
-@contextmanager
-def _lock(data_dir: Path) -> Iterator[None]:
-    lock = FileLock(_lock_path(data_dir))
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        _say(f"waiting for another process that is fetching Fashion-MNIST into {data_dir}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _say(line: str) -> None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from loop.config import Config, InputError
+from loop.files import write_whole
 
 FAILED = "failed.json"  # in place of a summary: why the training itself came to an end
 LOCK_S = 20  # ranks whose launcher was killed end within this time
 
 
 class RunFolder:
-    """A run's folder with its metrics.jsonl, which is locked while it is open, so that two runs never mix.
+    """A run's folder with its metrics.jsonl, locked while it is open, so that two runs never mix.
 
     path: the folder. run_id: the run's own, for good; W&B's id too. new: whether it was made for this process.
     Raises InputError where the folder is held by another process, or is no run's.
@@ -37,23 +38,17 @@ class RunFolder:
         self.run_id = known or secrets.token_hex(4)
 
     def _lock(self) -> None:
-        deadline, said = time.monotonic() + LOCK_S, False
-        while True:
-            try:
-                return fcntl.flock(self.rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(f"--run-name {self.path.name}: another process is training this run") from None
-            except OSError as error:
-                self.discard()
-                raise InputError(
-                    f"--out {self.path.parent}: two runs could mix there, because its file system cannot lock files "
-                    f"(flock: {error.strerror}): choose a folder on another file system"
-                ) from None
-            if time.monotonic() > deadline - LOCK_S + 1 and not said:
-                said = True
-                print(f"train.py: waiting for the process that trains {self.path}", file=sys.stderr, flush=True)
-            time.sleep(1)
+        try:
+            self.lock = acquire(self.path / ".lock", f"the process that trains {self.path}", LOCK_S)
+        except Timeout:
+            raise InputError(f"--run-name {self.path.name}: another process is training this run") from None
+        except OSError as error:
+            if self.new:
+                shutil.rmtree(self.path)
+            raise InputError(
+                f"--out {self.path.parent}: two runs could mix there, because its file system cannot lock files "
+                f"(flock: {error.strerror}): choose a folder on another file system"
+            ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl. Raises OSError where it cannot be kept."""
@@ -79,11 +74,12 @@ class RunFolder:
         return (self.path / "metrics.jsonl").read_bytes().count(b"\n")
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         self.rows.close()
+        self.lock.release()
 
     def discard(self) -> None:
-        """Let go the folder of a run that cannot begin, and remove it if it was made for that."""
+        """Release the folder of a run that cannot begin, and remove it if it was made for that run."""
         self.close()
         if self.new:
             shutil.rmtree(self.path)
@@ -124,9 +120,21 @@ def open_run(config: Config, world_size: int) -> RunFolder:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file for people to read, whole or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, (json.dumps(plain(values), indent=2, allow_nan=False) + "\n").encode())
+
+
+def acquire(path: Path, holder: str, timeout: float = -1) -> FileLock:
+    """Return the file's lock, held by this process; after a second of waiting, print on stderr for whom it waits.
+
+    timeout: seconds, after which it raises Timeout; -1: none. Raises OSError where files cannot be locked.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=min(1, timeout) if timeout >= 0 else 1)
+    except Timeout:
+        print(f"train.py: waiting for {holder}", file=sys.stderr, flush=True)
+        lock.acquire(timeout=timeout)
+    return lock
 
 
 def plain(value: Any) -> Any:

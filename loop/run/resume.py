@@ -1,13 +1,12 @@
 """Which checkpoint a run goes on from, and whether it may: found, verified, compared. Imports no torch.
 
 A checkpoint is a folder, `<run>/checkpoints/epoch-0002-step-00000235`: what Accelerate's `save_state` writes (weights
-in safetensors, optimizer, scaler, random states), `state.json` (where the run stood, what decides the weights, the
-run's id) and `manifest.json` (the SHA-256 of every file). One that is torn, or another run's, is named and left out.
+in safetensors, optimizer, scaler, random states) and `state.json` (where the run stood, what decides the weights, the
+run's id, the bytes of every other file). One that is torn, or another run's, is named and left out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ from typing import Any
 from loop.config import FASHION_MNIST, Config, InputError, parse
 from loop.run.folder import RunFolder, plain, run_id_of
 
-NAMES, MANIFEST, STATE, WEIGHTS = "epoch-*-step-*", "manifest.json", "state.json", "model.safetensors"
+NAMES, STATE = "epoch-*-step-*", "state.json"
 # What a resumed run may change: where and how it is kept and watched, and how long and on what it trains.
 MAY_CHANGE_ON_RESUME = {
     "accumulate", "epochs", "data_dir", "cpu", "out", "run_name", "group", "tags", "notes", "log_every", "audit_every",
@@ -125,12 +124,11 @@ def newest(run: Path, run_id: str | None = None, *, quiet: bool = False) -> Path
 def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
     """Return in a few words why a checkpoint cannot be used, None if it is whole; run_id: the run's it must be."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        torn = [name for name, its_digest in manifest.items() if digest(checkpoint / name) != its_digest]
-        torn += {STATE, WEIGHTS} - manifest.keys()
+        state, progress = state_of(checkpoint), progress_of(checkpoint)
+        sizes = state.get("bytes", {})  # none in an earlier version's, which is whole since it has its name
+        torn = [name for name, size in sizes.items() if (checkpoint / name).stat().st_size != size]
         if torn:
             return f"torn: {', '.join(torn)} is not what was written"
-        state, progress = state_of(checkpoint), progress_of(checkpoint)
         if run_id not in (None, state["identity"]):
             return "another run's"
         if rows_beside(checkpoint).stat().st_size < progress["rows"]:
@@ -195,8 +193,3 @@ def progress_of(checkpoint: Path) -> dict[str, Any]:
 def rows_beside(checkpoint: Path) -> Path:
     """Return the metrics.jsonl of a checkpoint's run."""
     return checkpoint.parent.parent / "metrics.jsonl"
-
-
-def digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
