@@ -29,7 +29,7 @@ MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 class InputError(ValueError):
-    """Something the user can mend: a flag, a file. Ends the program with its text alone, no traceback."""
+    """Something the user can correct: a flag, a file. Ends the program with its text alone, no traceback."""
 
 
 def wandb_mode() -> str:
@@ -50,7 +50,7 @@ class Config:
     reduction: Reduction = "mean"
     """Back-propagate the mean or the sum of the losses of a step."""
     normalize: Normalize = "global"
-    """global: the step of one process, whatever the number of ranks. rank: what a plain loop does, to be seen."""
+    """global: the step of one process, on any number of ranks. rank: what a plain loop does, for comparison."""
     tail: Tail = "spread"
     """How an epoch's last, incomplete batch is dealt to the ranks."""
     updater: Literal["torch", "scratch"] = "torch"
@@ -78,7 +78,7 @@ class Config:
     data_dir: Path = Path("data")
     """Where Fashion-MNIST is kept."""
     train_examples: int | None = None
-    """Train on the first N examples only: any tail on demand. Default: all."""
+    """Train on the first N examples only, which makes any tail possible. Default: all."""
     seed: int = 0
     """Seed of the initial weights and of the order of examples."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -111,7 +111,7 @@ class Config:
     """never, or auto: go on from this run's newest good checkpoint, or start. Or a path: a new run that goes on from
     that checkpoint, or that run's newest."""
     ddp_timeout: float = 120
-    """Seconds after which a rank that others wait for is given up."""
+    """Seconds to wait for a silent rank before the run fails."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases. auto: as WANDB_MODE says, else online if logged in and the server answers, else offline."""
     wandb_project: str | None = None

@@ -1,4 +1,4 @@
-"""What a mode makes of a step: what an example weighs, what updaters divide by, the effective learning rate. No torch.
+"""What a mode does to a step: the weight of an example, the updaters' divisors, the effective learning rate. No torch.
 
 A step's sizes are the examples in each of its cells, micro-batch by micro-batch, rank by rank (loop/shards.py).
 """
@@ -14,7 +14,7 @@ from loop.reduction import Normalize, Reduction, cell_scale
 
 
 class Effect(NamedTuple):
-    """What a mode makes of a step. lightest, heaviest: weight of an example, times n. length: over the exact mean's."""
+    """What a mode does to a step. lightest, heaviest: weight of an example, times n. length: over the exact mean's."""
 
     lightest: float
     heaviest: float
@@ -24,7 +24,7 @@ class Effect(NamedTuple):
 
 
 def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
-    """Return what the configuration's mode makes of a step of these sizes."""
+    """Return what the configuration's mode does to a step of these sizes."""
     n, weights = sum(sizes), applied_weights(config, sizes, world_size)
     applied = [weight * n for weight, size in zip(weights, sizes, strict=True) if size]
     lr = effective_lr(config, sizes, world_size)
@@ -63,7 +63,7 @@ def divisors(config: Config, sizes: Sequence[int], world_size: int) -> list[int]
 
 
 def applied_weights(config: Config, sizes: Sequence[int], world_size: int) -> list[float]:
-    """Return the weight of one example of each cell in rank 0's update: every rank's, but for `divisors`."""
+    """Return the weight of one example of each cell in rank 0's update; other ranks' differ where `divisors` do."""
     divisor = divisors(config, sizes, world_size)[0] or math.inf
     return [weight / divisor for weight in example_weights(config.reduction, config.normalize, sizes)]
 

@@ -1,4 +1,4 @@
-"""Where a run stands: advanced by the loop, saved and brought back by checkpoints, read by everything else."""
+"""Where a run stands: advanced by the loop, saved and restored by checkpoints, read by everything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Progress:
             self.examples += cell.step.n_global
 
     def after_epoch(self, _: object) -> None:
-        """Stand at the start of the next epoch."""
+        """Go to the start of the next epoch."""
         self.epoch, self.epoch_steps = self.epoch + 1, 0
         self.sums.reset()
 
@@ -37,7 +37,7 @@ class Progress:
         return {name: value for name, value in vars(self).items() if name != "sums"}
 
     def restore(self, saved: dict[str, Any], rank: int, world_size: int) -> None:
-        """Stand where `position` was taken.
+        """Return to a saved position.
 
         saved: the position, and "sums", those of each rank; of more or fewer ranks than now, rank 0 takes them all.
         """

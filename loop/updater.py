@@ -20,7 +20,7 @@ from loop.shards import Cell
 
 
 class CellUpdater:
-    """Turns each cell's losses into its share of the step, and takes the step after the last (an `Updater`).
+    """Turns each cell's losses into its part of the gradient, and takes the step after the last (an `Updater`).
 
     net: as `accelerator.prepare` returned it. optimizer: None for the scratch updater.
     grad_norm: of the gradient of the last step that gets a row, before clipping. audit: see `Audited`.
@@ -108,7 +108,7 @@ class Audited:
         return self.updater.grad_norm
 
     def begin(self, X: Tensor, y: Tensor, cell: Cell) -> None:
-        """Show the audit a cell of a step that it is to look at."""
+        """Show the audit each cell of a step that is audited."""
         self.updater.begin(X, y, cell)
         self.due = self.updater.config.audits(self.updater.progress.step + 1, cell.step.sizes)
         if self.due:
@@ -129,10 +129,10 @@ class Audited:
 
 
 def settle_buckets(net: nn.Module, empty: Tensor) -> None:
-    """Have DDP lay out its gradient buckets for good, before the first step, fresh or resumed.
+    """Make DDP lay out its gradient buckets for good, before the first step, fresh or resumed.
 
-    It does so around its second backward. If that came in mid-run, a resumed run's gradients would be added up in
-    another order than an uninterrupted one's, and at W >= 3 differ in the last bits. empty: a batch of no example.
+    DDP does so around its second backward. In the middle of a run, this would add a resumed run's gradients in another
+    order than an uninterrupted one's, and at W >= 3 they would differ in the last bits. empty: a batch of no example.
     """
     if isinstance(net, DistributedDataParallel):
         for _ in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -93,6 +94,66 @@ def test_a_rank_that_stops_is_named_after_the_timeout(tmp_path: Path) -> None:
         ranks[1].send_signal(signal.SIGSTOP)
         (line,) = ends(ranks[:1], within=TIMEOUT_S + 15)
     assert line.startswith("train.py: error: rank 1 is dead, stopped, or cut off: no sign of life for 3 s. Its last")
+
+
+FAULTY = """
+import os, runpy, signal, sys, time
+import loop.data, loop.run.checkpoints, loop.updater
+
+fault, place, at = sys.argv[1:4]
+owner, name = {
+    "start": (loop.data, "load"),
+    "step": (loop.updater.CellUpdater, "step"),
+    "evaluation": (loop.data.EvalBatches, "__iter__"),
+    "save": (loop.run.checkpoints.Checkpoints, "save"),
+}[place]
+original, calls = getattr(owner, name), 0
+
+def faulty(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(at) and fault == "hangs":
+        time.sleep(600)
+    elif calls == int(at):
+        os.kill(os.getpid(), signal.SIGKILL if fault == "dies" else signal.SIGSTOP)
+    return original(*args, **kwargs)
+
+setattr(owner, name, faulty)
+del sys.argv[1:4]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow  # 10 s each
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("place", "at"), [("start", "1"), ("step", "9"), ("evaluation", "2"), ("save", "2")])
+@pytest.mark.parametrize("fault", ["dies", "stops", "hangs"])
+def test_wherever_a_rank_is_lost_one_line_names_it(
+    tmp_path: Path, fault: str, place: str, at: str, world_size: int
+) -> None:
+    """The last rank is lost; the store is this process's, as it is the launcher's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    lost = world_size - 1
+    ranks = [
+        start([PYTHON, *(["-c", FAULTY, fault, place, at] if rank == lost else ["train.py"])], tmp_path, *FLAGS,
+              "--ddp-timeout", str(TIMEOUT_S), "--log-every", "1", **environ, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        (line,) = ends(ranks[:lost], within=30)  # starting takes some of it
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                kill(rank)
+    how = "is alive, but does not come to where the others wait: it hangs"
+    if fault != "hangs":
+        how = "is dead, stopped, or cut off: no sign of life for 3 s"
+    assert line.startswith(f"train.py: error: rank {lost} {how}"), line
+    rows = tmp_path / "run" / "metrics.jsonl"
+    assert rows.exists() == (place != "start")
+    assert all(json.loads(row)["step"] for row in rows.read_text().splitlines()) if rows.exists() else True
 
 
 FAULT = """

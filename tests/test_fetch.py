@@ -153,7 +153,7 @@ def test_a_full_disk_is_the_reason_given(
     full = f"needs up to 200 MB, and the disk of {disk / 'FashionMNIST'} has 1 MB free"
     raw = fetch.raw_folder(disk)
     assert str(failure.value).splitlines() == [
-        "Fashion-MNIST is not to be had. Tried, in order:",
+        "Fashion-MNIST cannot be obtained. Tried, in order:",
         f"  --data-dir, {raw}: no train-images-idx3-ubyte",
         f"  the system's package, {tmp_path / 'system'}: not installed",
         f"  torchvision's download: {full}",

@@ -205,7 +205,7 @@ def test_online_that_is_not_to_be_had_fails_at_once_with_the_reason(stub: WandbS
     done = launch(ONE, tmp_path / "out", "--wandb", "online", **keyed(stub.url))
     assert done.returncode == 2
     assert time.monotonic() - began < 20
-    assert done.stderr.splitlines()[-1].startswith("train.py: error: --wandb online is not to be had: ")
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: --wandb online is not available: ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -307,7 +307,7 @@ def test_a_run_that_cannot_go_on_online_is_left_as_it_is(stub: WandbStub, tmp_pa
     stub.fail = lambda kind, op: 403 if op == "UpsertBucket" else None
     done = launch(ONE, tmp_path, *GOING_ON, "--wandb", "online", **keyed(stub.url))
     assert done.returncode == 2
-    assert "--wandb online is not to be had: " in done.stderr
+    assert "--wandb online is not available: " in done.stderr
     assert before
     assert {path: path.read_bytes() for path in before} == before
 
@@ -354,7 +354,7 @@ def test_online_refused_at_the_start_leaves_no_run_behind(stub: WandbStub, tmp_p
     stub.fail = lambda kind, op: 401 if op == "UpsertBucket" else None
     done = launch(ONE, tmp_path, "--wandb", "online", "--run-name", "mine", **keyed(stub.url))
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train.py: error: --wandb online is not to be had: ")
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: --wandb online is not available: ")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, the last two kept; loop/run/resume.py says what is in one.
+"""Checkpoints of a run: written whole or not at all, the last two kept. loop/run/resume.py describes their files.
 
 A checkpoint is written beside its place, synced, and renamed. Nothing in it is loaded by unrestricted pickle:
 Accelerate loads with `weights_only=True`, the rest is safetensors and JSON.
@@ -33,7 +33,7 @@ from loop.shards import Cell
 from loop.updater import Audited, CellUpdater
 
 KEPT = 2
-FULL = 2**16  # bytes: with fewer left a write that failed did so for want of space
+FULL = 2**16  # bytes free: with fewer, a write failed because the disk is full
 
 
 class Checkpoints:
@@ -62,7 +62,7 @@ class Checkpoints:
         self.run.saved_between_epochs_s += self.save()
 
     def save(self) -> float:
-        """Write a checkpoint, then stop the run if any rank was told to; return the seconds that it took.
+        """Write a checkpoint, then stop the run if any rank had a signal; return the seconds that it took.
 
         Raises OSError where it cannot be kept, with the earlier ones untouched; and as `Run.decide` does.
         """
@@ -73,7 +73,7 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             folder.mkdir(exist_ok=True)
             scratch.mkdir()
-        # Each rank's sums and whether it was told to stop, in one reduce; here the others wait for the folder.
+        # Each rank's sums and whether it had a signal, in one reduce, in which the others wait for the folder.
         of_ranks = torch.zeros(run.world_size, 4, dtype=widest(run.device), device=run.device)
         mine = [*(self.progress.sums[i] for i in range(3)), float(run.told_to_stop)]
         of_ranks[run.rank] = torch.tensor(mine, dtype=of_ranks.dtype)
@@ -93,7 +93,7 @@ class Checkpoints:
         return time.perf_counter() - started
 
     def _complete(self, scratch: Path, sums: list[list[float]]) -> None:
-        """Add where the run stands to what the ranks have written, sync it all, put it in its place."""
+        """Add the run's position to what the ranks have written, sync it all, and rename it."""
         rows = self.run.folder / "metrics.jsonl"
         sync(rows)
         progress = {**self.progress.position(), "rows": rows.stat().st_size, "sums": sums}
@@ -103,7 +103,7 @@ class Checkpoints:
         for path in (*scratch.iterdir(), scratch):
             sync(path)
         final = scratch.parent / f"epoch-{progress['epoch']:04}-step-{progress['step']:08}"
-        shutil.rmtree(final, ignore_errors=True)  # one that was no good
+        shutil.rmtree(final, ignore_errors=True)  # one that was torn
         scratch.rename(final)
         sync(scratch.parent)
         self.good = [*(path for path in self.good if path != final), final][-KEPT:]
@@ -140,7 +140,7 @@ class Checkpoints:
 
 @contextmanager
 def failing_as_os_error(where: Path) -> Iterator[None]:
-    """Have torch and safetensors fail to write as everything else does, and say so where the disk is full."""
+    """Turn the errors of torch and safetensors into OSError, with the reason where the disk is full."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

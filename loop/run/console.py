@@ -1,4 +1,4 @@
-"""What a run says: at its start what it will do, at its end what came of it."""
+"""What a run prints: at its start what it will do, at its end its results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def opening(config: Config, shards: Shards, device: str, folder: Path) -> str:
 
 
 def results(summary: Mapping[str, float], skipped_steps: int) -> str:
-    """Return a short table of what the last epoch came to, and whether it meets the book's thresholds."""
+    """Return a short table of the last epoch's metrics, and whether they meet the book's thresholds."""
     lines = [f"{'epoch ' + str(summary['epoch']):<8}{'loss':>10}{'accuracy':>10}"]
     lines += [f"{half:<8}{summary[half + '/loss']:>10.4f}{summary[half + '/acc']:>10.4f}" for half in ("train", "test")]
     unmet = unmet_thresholds(summary["train/loss"], summary["train/acc"], summary["test/acc"])

@@ -1,4 +1,4 @@
-"""Where the files come from: finds, fetches and verifies Fashion-MNIST.
+"""The files of the data set: found, fetched and verified.
 
 Fashion-MNIST is looked for in `--data-dir`, an installed system package, torchvision's download, and the Debian or
 Ubuntu package, unpacked without root. Nothing enters `--data-dir` unverified: each file's SHA-256 is checked before an
@@ -39,7 +39,7 @@ SHA256 = {  # of the uncompressed files
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 TRAINING_EXAMPLES = 60_000
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-STALL_S = 30  # a source that says nothing for so long has failed
+STALL_S = 30  # a source that sends nothing for so long has failed
 ABANDONED_S = 24 * 3600  # a download in which nothing has changed for so long was killed
 DOWNLOAD_BYTES = 200e6  # what a download takes on the disk, unpacked and copied to its place
 
@@ -49,7 +49,7 @@ class UnavailableError(Exception):
 
 
 def provide(config: Config, *, fetching: bool) -> int:
-    """See to it that the files of --dataset are there and sound; return how many training examples they hold.
+    """Make sure that the files of --dataset are there and sound; return how many training examples they hold.
 
     fetching: whether this is the one process of its machine that fetches; the others wait for it.
     """
@@ -65,7 +65,7 @@ def provide(config: Config, *, fetching: bool) -> int:
 
 
 def fetch_fashion_mnist(data_dir: Path) -> None:
-    """See to it that `data_dir` holds the four verified files, fetching what is missing or corrupted.
+    """Make sure that `data_dir` holds the four verified files; fetch what is missing or corrupted.
 
     Safe to call from several jobs at once: one works, the others wait. Raises InputError when every source fails.
     """
@@ -74,7 +74,7 @@ def fetch_fashion_mnist(data_dir: Path) -> None:
         if _remembered(raw):
             return
         if not os.access(raw, os.W_OK) and not _problems(raw):
-            return  # a good read-only copy: nothing to do, and nowhere to remember it
+            return  # a good copy that cannot be written to: there is nothing to do
         raw.mkdir(parents=True, exist_ok=True)
         with acquire(_lock_path(data_dir), f"another process that fetches Fashion-MNIST into {data_dir}"):
             if not _remembered(raw):
@@ -122,7 +122,7 @@ def _fetch(raw: Path, problems: dict[str, str]) -> None:
             _say(f"Fashion-MNIST taken from {description}, verified, kept in {raw}")
         return
     raise InputError(
-        "Fashion-MNIST is not to be had. Tried, in order:\n"
+        "Fashion-MNIST cannot be obtained. Tried, in order:\n"
         + "\n".join(failures)
         + f"\nPut the four files {', '.join(SHA256)} (plain or .gz) into {raw},"
         + "\nor name a folder with another set: --dataset FOLDER"
@@ -130,9 +130,9 @@ def _fetch(raw: Path, problems: dict[str, str]) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed downloads left; one that is under way on another node, which may not share the lock, stays."""
+    """Remove what killed downloads left, but no download under way on another node, which may not share the lock."""
     for scratch in folder.glob(".fetch-*"):
-        with suppress(OSError):  # it ends while we look
+        with suppress(OSError):  # it may be removed at this moment
             if time.time() - max(path.lstat().st_ctime for path in (scratch, *scratch.rglob("*"))) > ABANDONED_S:
                 shutil.rmtree(scratch)
 
@@ -199,7 +199,7 @@ def _debian_package(scratch: Path) -> Path:
     apt_get = ["apt-get", "-o", f"Acquire::http::Timeout={STALL_S}"]
     try:
         _run([*apt_get, "download", DEBIAN_PACKAGE], scratch)
-    except UnavailableError:  # perhaps for want of package lists: fetch them to where no root is needed
+    except UnavailableError:  # perhaps there are no package lists: fetch them into a folder that needs no root
         (scratch / "lists" / "partial").mkdir(parents=True)
         apt_get += ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch}"]
         _run([*apt_get, "update"], scratch)

@@ -1,4 +1,4 @@
-"""A run's folder: made for one run, held by one process at a time, written so that nothing is left half done."""
+"""A run's folder: made for one run, locked by one process at a time; its files are written whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from loop.config import Config, InputError
 from loop.files import write_whole
 
-FAILED = "failed.json"  # in place of a summary: why the training itself came to an end
+FAILED = "failed.json"  # in place of a summary: why the training itself ended
 LOCK_S = 20  # ranks whose launcher was killed end within this time
 
 

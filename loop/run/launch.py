@@ -1,4 +1,4 @@
-"""The ranks: what the launcher says there are, and the Accelerator that joins them."""
+"""The ranks: how many the launcher has started, and the Accelerator that joins them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HOW_TO_LAUNCH = (
 
 
 def launched_world_size() -> int:
-    """Return how many ranks the launcher says it started; 1 without a launcher."""
+    """Return how many ranks the launcher has started; 1 without a launcher."""
     return _from_environment(WORLD_SIZE, 1)
 
 
@@ -117,7 +117,7 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
 
 
 def leave_ranks_at_exit(*, together: bool) -> None:
-    """Have the process group destroyed when the process ends, not before: the next run may use it.
+    """Destroy the process group when the process ends, not before: the next run may use it.
 
     together: whether all ranks end. NCCL would wait for those that do not.
     """
@@ -153,20 +153,20 @@ def prepare_net(accelerator: Accelerator, net: nn.Module) -> nn.Module:
 
 
 def set_float32_precision(*, tf32: bool) -> None:
-    """Have GPUs multiply float32 numbers as such, or in TF32. torch's own default is TF32 in cuDNN, thus in LeNet."""
+    """Set how GPUs multiply float32 numbers: in float32, or in TF32, which is torch's default for LeNet's layers."""
     import torch
 
     torch.backends.cudnn.fp32_precision = "tf32" if tf32 else "ieee"  # cuBLAS included
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step, where it is the C library.
+    """Make glibc, where it is the C library, keep freed memory for the next step.
 
-    By itself it may hand LeNet's activations back to the kernel at every step, to take them page by page anew.
+    By default it may return LeNet's activations to the kernel at every step, and then fault them in again page by page.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: only larger blocks, it allows no more, are the kernel's own
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: mmap for larger blocks only; glibc's maximum
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 

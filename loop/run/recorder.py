@@ -1,4 +1,4 @@
-"""Rows out of what the loop reports: which step gets one, what it holds, the same over all ranks; and what is shown."""
+"""Rows out of what the loop reports: which step gets one, and what it holds; the progress bar and the curves."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ AUDIT_KEYS = ("audit/grad_rel_err", "audit/grad_cosine", "audit/grad_scale", "au
 class Recorder:
     """Logs step rows and epoch rows, and draws a progress bar and curves: an observer, the same on every rank.
 
-    A step gets a row every `--log-every` steps, and where it is audited. What a row's reduce brings from the other
-    ranks goes to `Run.decide`.
+    Every `--log-every`-th step gets a row, and every audited one. What a row's reduce brings from the other ranks goes
+    to `Run.decide`.
     summary: the last epoch's row.
     """
 
@@ -32,9 +32,7 @@ class Recorder:
         self.run, self.config, self.updater, self.progress = run, run.config, updater, progress
         self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
-        self.examples_before = (
-            progress.examples
-        )  # those of the epoch under way that this process trains come after these
+        self.examples_before = progress.examples  # when this process began the epoch under way
         self.summary: dict[str, Any] = {}
         self.bar = tqdm(
             total=self.config.epochs * len(run.shards.steps),
@@ -87,7 +85,7 @@ class Recorder:
             self.run.decide(loss=loss, stops=stops)
 
     def _read_audit(self) -> None:
-        """Log the rows that have waited for what their audits found: one collective, if there are any."""
+        """Log the rows that have waited for their audits' readings: one collective, if there are any."""
         rows, self.unread = self.unread, []
         if rows:
             assert self.updater.audit

@@ -19,7 +19,7 @@ from loop.config import FASHION_MNIST, Config, InputError, parse
 from loop.run.folder import RunFolder, plain, run_id_of
 
 NAMES, STATE = "epoch-*-step-*", "state.json"
-# What a resumed run may change: where and how it is kept and watched, and how long and on what it trains.
+# What a resumed run may change: where it is kept, how it is watched, and how long and on which device it trains.
 MAY_CHANGE_ON_RESUME = {
     "accumulate", "epochs", "data_dir", "cpu", "out", "run_name", "group", "tags", "notes", "log_every", "audit_every",
     "audit_fail", "wandb", "wandb_project", "wandb_entity", "check", "checkpoint_every", "resume", "ddp_timeout",
@@ -154,7 +154,7 @@ def refuse_unfit(checkpoint: Path, config: Config, examples: int, world_size: in
 
 
 def how_to_go_on(run: Path | None) -> str:
-    """Return in one sentence what is left of a run that failed."""
+    """Return in one sentence what is kept of a run that failed."""
     kept = newest(run, quiet=True) if run else None
     if run is None or kept is None:
         return "It has no checkpoint"

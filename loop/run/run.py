@@ -1,6 +1,6 @@
 """A run: its ranks, its folder and trackers, its stop signal and watchdog; and how it ends.
 
-`train.py` enters a `Run`; what it trains, and how, is not known here. Every known end becomes one line on stderr and an
+`train.py` enters a `Run`, which knows nothing of the training itself. Every known end becomes one line on stderr and an
 exit code here and nowhere else.
 """
 
@@ -36,7 +36,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
 class RunEnded(Exception):  # noqa: N818  # an end that all ranks come to together
-    """All ranks end the run here; what it is called with says why."""
+    """All ranks end the run here; its text is the reason."""
 
     exit_code = 1
     goes_on = True  # from its last checkpoint, if the run is started again
@@ -47,13 +47,13 @@ class Stopped(RunEnded):
 
 
 class NotFinite(RunEnded):
-    """The loss has become infinite, or no number."""
+    """The loss has become infinite or NaN."""
 
     goes_on = False  # resuming would diverge again
 
 
 class AuditFailed(RunEnded):
-    """An audited step was further off than `--audit-fail` allows."""
+    """An audited step's error was larger than `--audit-fail` allows."""
 
 
 class Run:
@@ -99,9 +99,9 @@ class Run:
         self.progress = Progress()
 
     def open(self, examples: int) -> None:
-        """Plan the epochs of so many examples; make or open the run's folder, start its trackers, say what is to come.
+        """Plan epochs of so many examples; make or open the run's folder, start its trackers, print what will be done.
 
-        Raises InputError where there is no such plan, or the folder cannot be had.
+        Raises InputError where there is no such plan, or the folder cannot be made or opened.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -128,7 +128,7 @@ class Run:
         self.say(console.opening(self.config, self.shards, self.device.type, self.folder))
 
     def _describe(self) -> dict[str, Any]:
-        """Return what config.json holds: every flag, what follows, what the run runs on. Every rank must call."""
+        """Return what config.json holds: every flag, what follows from them, the machine. Every rank must call."""
         import torch
         from accelerate.utils import gather_object
 
@@ -213,7 +213,7 @@ class Run:
             raise stopped
 
     def _not_finite(self, loss: float) -> str:
-        """Return what is wrong, with what to try."""
+        """Return what is wrong, and what to try."""
         config, times = self.config, float(self.shards.batch_size)
         if config.normalize == "rank":
             times /= self.shards.cells
@@ -228,7 +228,7 @@ class Run:
         )
 
     def _judge(self, reading: Reading, step: int) -> None:
-        """Raise AuditFailed for more than `--audit-fail` allows, but in a step that fp16's overflow skips."""
+        """Raise AuditFailed for more than `--audit-fail` allows, except in a step that fp16's overflow skips."""
         config, excess = self.config, max(reading.grad_rel_err, reading.replica_drift)
         skipped = self.accelerator.scaler is not None and not math.isfinite(excess)
         if config.audit_fail is not None and not excess <= config.audit_fail and not skipped:
@@ -240,7 +240,7 @@ class Run:
             )
 
     def keep(self, net: nn.Module, summary: Mapping[str, Any]) -> None:
-        """Leave the final weights and the last epoch's row behind; say what came of the run."""
+        """Write the final weights and the last epoch's row; print the results."""
         from safetensors.torch import save_file
 
         from loop.run import console
@@ -272,7 +272,7 @@ class Run:
         return handled
 
     def _report(self, error: BaseException | None) -> bool:
-        """Say in one line, if it is for this rank to say, why it cannot go on; return whether that is known."""
+        """Print in one line, if this rank is to report it, why the run cannot go on; return whether that is known."""
         from loop.run.watchdog import first_line, is_from_backend
 
         assert error
@@ -309,7 +309,7 @@ class Run:
                 each.callback(tracker.finish)
 
     def how_to_go_on(self) -> str:
-        """Return in one sentence what is left of a run that failed."""
+        """Return in one sentence what is kept of a run that failed."""
         from loop.run.resume import how_to_go_on
 
         return how_to_go_on(getattr(self, "folder", None))

@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT, handled in one place: noted at once, acted on by all ranks together.
 
-A rank that stopped alone would leave the others waiting in their next all-reduce. So a signal is only noted; the next
-log step's or checkpoint's reduce carries the note to all ranks, and all stop there. Where that does not happen in time
-(a peer is dead, the steps are long), a thread, which runs even while the main thread waits in a collective, ends the
-trackers and the process. Before the ranks have joined there is nothing to save, and it ends at once.
+A rank that stopped alone would leave the others waiting in their next all-reduce. So a signal is only noted; the reduce
+of the next log step or checkpoint carries the note to all ranks, and all stop there. Where that does not happen in time
+(a peer is dead, the steps are long), a thread ends the trackers and the process; it runs even while the main thread
+waits in a collective. Before the ranks have joined there is nothing to save, and the process ends at once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LAUNCHER = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.env
 class StopSignal:
     """Notes the first SIGTERM or SIGINT, or the death of the launcher as a SIGTERM, between `with` and its end.
 
-    signum: the signal noted, 0 for none. handled: to be set by whoever acts on it, or has no need to any more.
-    last_resort: called in a thread, with the exit code, if nobody has within GRACE_S seconds; then the process ends.
-    None, as at first, where nothing would be lost: it ends at once.
+    signum: the signal noted, 0 for none. handled: to be set by the code that acts on it, or no longer needs to.
+    last_resort: called in a thread, with the exit code, if `handled` is not set within GRACE_S seconds; then the
+    process ends. None, as at first, where nothing would be lost: the process ends at once.
     """
 
     def __init__(self) -> None:

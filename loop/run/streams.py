@@ -1,4 +1,4 @@
-"""Standard output and standard error that harm nobody: what cannot be written to them is dropped."""
+"""Standard output and standard error that never raise: what cannot be written to them is dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Forgiving(io.FileIO):
 
 
 def forgive_streams() -> None:
-    """Let no later print end this program, whatever becomes of its streams, and whatever they can encode."""
+    """Make prints safe: neither a closed stream, nor a full disk, nor an encoding ends the program."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):

@@ -1,7 +1,7 @@
-"""Weights & Biases beside metrics.jsonl: never asks, never waits long, never ends a training, says what it lacks.
+"""Weights & Biases beside metrics.jsonl: it never prompts, waits seconds at most, and its faults end no training.
 
-The order of events is wandb's: a failed online start is torn down before the offline one; `teardown` completes the file
-on disk; a transaction log flushed every second loses at most a second to a SIGKILL.
+What is missing there is listed at the end. wandb needs this order: a failed online start is torn down before the
+offline one; `teardown` completes the file on disk. Its log is flushed every second: a SIGKILL loses a second of rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def choose_mode(config: Config) -> Mode:
         return Mode("offline", f"{source} {asked}")
     reason = _why_not_online()
     if reason and config.wandb == "online":
-        raise InputError(f"--wandb online is not to be had: {reason}")
+        raise InputError(f"--wandb online is not available: {reason}")
     return Mode("offline", reason) if reason else Mode("online", "logged in")
 
 
@@ -79,7 +79,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def make_tracker(config: Config) -> list[WandbTracker]:
-    """Return the W&B tracker in the mode that `choose_mode` finds, or nothing where W&B is disabled."""
+    """Return the W&B tracker in the mode that `choose_mode` returns, or none where W&B is disabled."""
     mode = choose_mode(config)
     if mode.name != "disabled":
         return [WandbTracker(config, mode)]
@@ -136,7 +136,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             reason = in_one_line(error)
         if self.config.wandb == "online":
             self.files.discard()
-            raise InputError(f"--wandb online is not to be had: {reason}")
+            raise InputError(f"--wandb online is not available: {reason}")
         try:
             import wandb
 
@@ -209,7 +209,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             self._safely(lambda: self.run.alert("The loss is not finite", text, level="ERROR"), rows=0)
 
     def finish(self) -> None:
-        """Upload what the run made, end it with `exit_code`, and say where it is and what it lacks."""
+        """Upload curves and weights, end the W&B run with `exit_code`, and print where it is and what it lacks."""
         if self.run is None:
             return
         import wandb

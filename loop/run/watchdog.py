@@ -1,11 +1,10 @@
-"""Which rank failed: every rank beats in the launcher's store, and one that waits in vain reads who does not.
+"""Which rank failed: each rank writes beats to the launcher's store, and a rank that waits too long reads the others'.
 
-A collective that fails says that *a* peer is gone, not which; one that waits says nothing, and NCCL answers its
-time-out by SIGABRT. So a thread on each rank writes a beat once a second, with how far its rank has come (forward
-passes, parts of a save). Where its rank has not come further for `timeout_s`, the thread reads the others' beats: a
-rank without one is dead, stopped or cut off; one that beats but has not come so far hangs. Ranks that have all come
-equally far are slow together, and are left alone. The first rank to find a cause reports it; the others end when they
-read that it did.
+A collective that fails names no rank, one that waits prints nothing, and NCCL answers its time-out by SIGABRT. So a
+thread on each rank writes a beat once a second, with its rank's progress (forward passes, parts of a save). Where its
+rank has made no progress for `timeout_s`, the thread reads the others' beats: a rank without beats is dead, stopped or
+cut off; a rank that beats but is behind hangs. Ranks that are all equally far are slow together, and are left alone.
+The first rank that finds a cause reports it; the others end when they read that it has.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ STORE_TIMEOUT = timedelta(seconds=5)
 ANSWER_S = LISTEN_S + STORE_TIMEOUT.total_seconds()  # a store that has not answered by then is out of reach
 RUNS = itertools.count()  # of this process: each has beats of its own
 NOT_BEGUN = (-1, -1)
-SUSPENDED_S = 5 * BEAT_S  # a thread that slept longer was stopped with its job, by Ctrl-Z for example
+SUSPENDED_S = 5 * BEAT_S  # a thread that slept for longer was stopped with its job, by Ctrl-Z for example
 
 
 class Watchdog:
@@ -75,17 +74,17 @@ class Watchdog:
                 thread.join(2 * BEAT_S)  # it hangs where the store is out of reach
 
     def advance(self) -> None:
-        """Note that this rank has come further; every rank does so equally often between two collectives."""
+        """Count this rank's progress; every rank calls it equally often between two collectives."""
         self.moves += 1
 
     def is_first_to_fail(self) -> bool:
-        """Note that this rank has failed; return whether it is for this one to say why. Takes ANSWER_S at most."""
+        """Note that this rank has failed; return whether it shall report why. Takes ANSWER_S at most."""
         if not self.ending.acquire(blocking=False):
             threading.Event().wait()  # for the thread that is ending this process
         return self._in_time(self._claim, otherwise=True) if self.store else True
 
     def cause(self) -> str | None:
-        """Return which ranks are lost, None if all are there and have come equally far. Takes ANSWER_S at most."""
+        """Return which ranks are lost, None if all are there and equally far. Takes ANSWER_S at most."""
         if not self.store:
             return None
         no_answer: str | None = self._lost_store()
@@ -110,7 +109,7 @@ class Watchdog:
         try:
             return bool(self.store.add("failed", 1) == 1)
         except RuntimeError:
-            return True  # without the store, each rank says what it has lost
+            return True  # without the store, each rank reports what it has lost
 
     def _lost_store(self) -> str:
         holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
@@ -177,7 +176,7 @@ class Watchdog:
 
 
 def is_from_backend(error: BaseException) -> bool:
-    """Whether the error is NCCL's, gloo's (which names its source file), or a store's: a collective has failed."""
+    """Whether a collective has failed: the error is NCCL's, gloo's (which names its source file), or a store's."""
     return isinstance(error, DistError) or "/gloo/" in str(error)
 
 
