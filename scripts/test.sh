@@ -9,4 +9,4 @@ setup "$PWD" requirements.txt tests/requirements.txt
 "$PYTHON" train.py --check
 # As many tests at once as there are cores, up to eight: most of them wait for processes that they start.
 cores=$(count_cores)
-exec "$PYTHON" -m pytest --numprocesses $((cores < 8 ? cores : 8)) --dist loadfile -m "not slow" "$@"
+exec "$PYTHON" -m pytest --numprocesses $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder -m "not slow" "$@"

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from tests.forks import Forked
+
 PYTHON = sys.executable
 LAUNCHES = {
     "python": [PYTHON, "train.py"],
@@ -19,18 +21,20 @@ LAUNCHES = {
 }
 
 
-def start(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.Popen[str]:
-    """Start a launch on the CPU, each rank on one thread, without W&B unless `environ` says otherwise ('': unset)."""
+def environment(**environ: str) -> dict[str, str]:
+    """One thread, no GPU, no W&B, unless `environ` says otherwise ('': unset)."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VIRTUAL_ENV": sys.prefix, "WANDB_MODE": "disabled"}
-    return subprocess.Popen(
-        [*how, *flags, "--out", str(out)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={key: value for key, value in (env | environ).items() if value or key == "CUDA_VISIBLE_DEVICES"},
-    )
+    return {key: value for key, value in (env | environ).items() if value or key == "CUDA_VISIBLE_DEVICES"}
+
+
+def start(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.Popen[str]:
+    """Start a launch in the `environment`."""
+    command, env = [*how, *flags, "--out", str(out)], environment(**environ)
+    if how[0] == PYTHON and how[1] != "-m":
+        return Forked(command, env)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,7 +20,8 @@ from torch.distributed import TCPStore
 from loop.run.watchdog import is_from_backend
 from scripts import soak
 from tests.conftest import mount
-from tests.launches import PYTHON, kill, launch, start
+from tests.forks import Forked
+from tests.launches import PYTHON, environment, kill, launch, start
 
 TIMEOUT_S = 3
 FLAGS = ["--train-examples", "2000", "--epochs", "100000", "--log-every", "5", "--run-name", "run"]
@@ -224,10 +224,7 @@ def test_only_a_rank_that_is_at_fault_is_accused_and_the_backend_is_quoted(fault
     environ = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks = [
-        subprocess.Popen(
-            [PYTHON, "-c", FAULT, fault], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **environ, "RANK": str(rank)},
-        )
+        Forked([PYTHON, "-c", FAULT, fault], env=environment(**environ, RANK=str(rank)))
         for rank in range(3)
     ]  # fmt: skip
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -10,7 +9,8 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from tests.launches import PYTHON
+from tests.forks import Forked
+from tests.launches import PYTHON, environment
 
 TIMEOUT_S = 2
 RANK = f"""
@@ -36,10 +36,7 @@ LEFT_ALONE: list[str] = []
 def ranks_of(case: str, world_size: int, store: TCPStore) -> list[subprocess.Popen[str]]:
     environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     ranks = [
-        subprocess.Popen(
-            [PYTHON, "-c", RANK, case], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **environ, "RANK": str(rank)},
-        )
+        Forked([PYTHON, "-c", RANK, case], env=environment(**environ, RANK=str(rank)))
         for rank in range(world_size)
     ]  # fmt: skip
     for rank in ranks:
