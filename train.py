@@ -5,7 +5,7 @@
     accelerate launch train.py --reduction mean                       as your `accelerate config` says
     accelerate launch --multi_gpu --num_processes 4 train.py          4 ranks, on GPUs or on CPUs
     torchrun --nproc_per_node 4 train.py --net lenet                  the same
-    scripts/multinode.sh, scripts/slurm.sbatch                        several machines
+    scripts/cluster/multinode.sh, scripts/cluster/slurm.sbatch                        several machines
     python train.py --resume auto                                     goes on after whatever ended it
     python train.py --help                                            every flag
 

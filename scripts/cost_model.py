@@ -1,33 +1,124 @@
 """What a step costs, and what it would on thousands of ranks: a model, checked against this machine, then extended.
 
-python -m scripts.cost_model                    measures W = 1 to 4 here (under a minute), then extends
-python -m scripts.cost_model --alpha-us 5 --beta-gbs 50 --gradient-mb 1400 --compute-ms 300    another net and network
+    python -m scripts.cost_model                    measures W = 1 to 4 here (under a minute), then extends
+    python -m scripts.cost_model --alpha-us 5 --beta-gbs 50 --gradient-mb 1400 --compute-ms 300    another network
 
     step(W) = slots compute(B / W) + allreduce(W, bytes) + metrics + waiting(W)
     slots = max(1, W / cores): ranks share cores       waiting: for the slowest rank, and for a core to wake up on
     ring:  allreduce = 2 (W - 1) alpha + 2 (W - 1) / W bytes / beta     tree:  2 log2(W) alpha + 2 bytes / beta
 
+A figure is a first quartile over single steps: on a machine that others use too, the quiet steps show what one costs.
 The waiting is what the first net's step takes beyond the rest; the second net's step is then predicted.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
+import multiprocessing
 import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from loop.config import Config
+from loop.config import Config, InputError
 from loop.effect import effect
 from loop.shards import Shards, Tail
-from scripts.cost_ranks import BATCH, EXAMPLES, NETS, measure, seconds
+from scripts.command import command
 
+NETS: tuple[Literal["softmax", "mlp"], ...] = ("softmax", "mlp")
+BATCH, EXAMPLES, EPOCHS = 256, 8192, 9
+SIZES = (24, 4096, 32_768, 262_144, 1_048_576)  # bytes to all-reduce; 24 are a metrics reduce
 LOG_EVERY = 50
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGENET = 1_281_167
 TAILS: tuple[Tail, ...] = ("ragged", "spread")
+
+
+class Measured(NamedTuple):
+    """Seconds on rank 0: a step by (net, batch), an all-reduce by bytes. gradients: bytes by net."""
+
+    steps: dict[tuple[str, int], float]
+    reduces: dict[int, float]
+    gradients: dict[str, int]
+
+
+def seconds(once: Callable[[], Any], times: int) -> float:
+    """Return the time of a call, after one that does not count."""
+    stamps = []
+    for _ in range(times + 2):
+        stamps.append(time.perf_counter())
+        once()
+    return first_quartile(stamps[1:])
+
+
+def first_quartile(stamps: list[float]) -> float:
+    """Return the first quartile of the times between neighbouring stamps."""
+    return float(np.quantile(np.diff(stamps), 0.25))
+
+
+def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
+    """Be a rank, under DDP even where it is the only one; rank 0 answers."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    import torch
+    import torch.distributed as dist
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    from loop.book import train_epoch_ch3
+    from loop.data import Split, TrainBatches
+    from loop.nets import make_net
+    from loop.run.launch import leave_ranks
+    from loop.updater import make_updater
+
+    dist.init_process_group("gloo")
+    accelerator = Accelerator(cpu=True)
+    images = torch.randint(256, (EXAMPLES, 28, 28), dtype=torch.uint8)
+    split, loss = Split(images, torch.randint(10, (EXAMPLES,))), nn.CrossEntropyLoss(reduction="none")
+    found = Measured({}, {}, {})
+    for name in NETS:
+        net = DistributedDataParallel(make_net(name))
+        found.gradients[name] = sum(p.numel() * p.element_size() for p in net.parameters())
+        updater = make_updater(accelerator, net, Config())
+        for batch in (BATCH, BATCH // 2, BATCH // 3, BATCH // 4) if world_size == 1 else (BATCH,):
+            batches = TrainBatches(split, Shards(EXAMPLES, batch, world_size), rank=rank)
+            stamps: list[float] = []
+            clock: Any = SimpleNamespace(after_cell=lambda *_, to=stamps: to.append(time.perf_counter()))
+            for _ in range(EPOCHS + 1):
+                train_epoch_ch3(net, batches, loss, updater, observers=[clock])
+            found.steps[name, batch] = first_quartile(stamps[len(batches.shards.steps) :])
+    for size in SIZES:
+        found.reduces[size] = seconds(partial(dist.all_reduce, torch.zeros(size // 4)), 200)
+    if rank == 0:
+        answer.put(found)
+    leave_ranks()
+
+
+def measure(world_size: int) -> Measured:
+    """Start so many ranks here, and return what rank 0 measured."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answer = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(r, world_size, port, answer)) for r in range(world_size)]
+    for each in ranks:
+        each.start()
+    try:
+        found: Measured = answer.get(timeout=120)
+    finally:
+        for each in ranks:
+            each.join(10)
+            each.kill()
+    return found
 
 
 def ring(world_size: int, size: float, alpha: float, beta: float) -> float:
@@ -120,16 +211,25 @@ def bias() -> None:
         print(f"  batch {batch:>6}, W {W:>4}, n = {IMAGENET % batch:>5}: {'; '.join(said)}")
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    alpha_us: float = 10
+    """Latency of a hop, microseconds (assumed)."""
+    beta_gbs: float = 25
+    """Bandwidth of a link, GB/s (200 Gb/s InfiniBand)."""
+    gradient_mb: float = 102
+    """Megabytes to all-reduce (ResNet-50 in float32)."""
+    compute_ms: float = 80
+    """Milliseconds of a rank's forward and backward (assumed)."""
+
+
+@command
+def main(flags: Flags) -> None:
     """Measure, compare, extend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alpha-us", type=float, default=10, help="latency of a hop, microseconds (assumed)")
-    parser.add_argument("--beta-gbs", type=float, default=25, help="bandwidth of a link, GB/s (200 Gb/s InfiniBand)")
-    parser.add_argument("--gradient-mb", type=float, default=102, help="bytes to all-reduce (ResNet-50 in float32)")
-    parser.add_argument("--compute-ms", type=float, default=80, help="a rank's forward and backward (assumed)")
-    flags = parser.parse_args()
-    if not all(0 < assumed < math.inf for assumed in vars(flags).values()):
-        parser.error("every flag must be a finite number above 0")
+    if not all(0 < assumed < math.inf for assumed in astuple(flags)):
+        raise InputError("every flag must be a finite number above 0")
     check()
     extend(flags.alpha_us / 1e6, flags.beta_gbs * 1e9, flags.gradient_mb * 1e6, flags.compute_ms / 1e3)
     sampler()
@@ -137,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,12 +6,11 @@ python -m scripts.explain --examples 1000 --batch-size 64 --world-size 3 --accum
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +18,7 @@ from loop.config import Config, InputError
 from loop.effect import effect, example_weights
 from loop.reduction import Normalize, Reduction
 from loop.shards import Shards, Tail, sizes_in_words
+from scripts.command import command
 
 LONGEST = 60  # characters of a list of sizes
 
@@ -147,26 +147,35 @@ def draw(examples: int, config: Config, world_size: int, path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def main(args: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    examples: int = 60_000
+    """Training examples, N."""
+    batch_size: int = 256
+    """Examples in a step over all ranks."""
+    world_size: int = 8
+    """Ranks, W."""
+    accumulate: int = 1
+    """Micro-batches in a step, K."""
+    lr: float = 0.1
+    """Learning rate."""
+    png: Path | None = None
+    """Draw the cells, coloured by weight, into this file."""
+
+
+@command
+def main(flags: Flags) -> None:
     """Print the explanation; draw it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=60_000, help="training examples, N")
-    parser.add_argument("--batch-size", type=int, default=256, help="examples in a step over all ranks")
-    parser.add_argument("--world-size", type=int, default=8, help="ranks, W")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step, K")
-    parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
-    parser.add_argument("--png", type=Path, help="draw the cells, coloured by weight, into this file")
-    flags = parser.parse_args(args)
-    try:
-        print(explain(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr))
-        if flags.png:
-            config = Config(batch_size=flags.batch_size, accumulate=flags.accumulate)
+    print(explain(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr))
+    if flags.png:
+        config = Config(batch_size=flags.batch_size, accumulate=flags.accumulate)
+        try:
             draw(flags.examples, config, flags.world_size, flags.png)
-            print(f"drawn into {flags.png}")
-    except (InputError, OSError) as error:
-        print(f"scripts.explain: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except OSError as error:
+            raise InputError(str(error)) from None
+        print(f"drawn into {flags.png}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ over how far they travelled. `train_step` is the code to copy.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from loop import reduction
+from loop.config import InputError
 from loop.reduction import cell_loss, global_count
 from loop.run.launch import launched_rank, launched_world_size, leave_ranks
+from scripts.command import command
 
 Way = Literal["global", "mean-per-batch"]
 Batch = tuple[Tensor, Tensor]
@@ -105,12 +108,22 @@ def text_in_steps(size: int = 16) -> list[list[bytes]]:
     return [lines[i : i + size] for i in range(0, len(lines), size)]
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    way: Way = "global"
+    """How a token's loss is weighed."""
+    accumulate: int = 1
+    """Micro-batches, 1 to 16."""
+
+
+@command
+def main(flags: Flags) -> None:
     """Train, compare, print on rank 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", choices=get_args(Way), default="global", help="how a token's loss is weighed")
-    parser.add_argument("--accumulate", type=int, default=1, choices=range(1, 17), metavar="K", help="micro-batches")
-    flags, world_size = parser.parse_args(), launched_world_size()
+    if not 1 <= flags.accumulate <= 16:
+        raise InputError(f"--accumulate {flags.accumulate}: must be from 1 to 16")
+    world_size = launched_world_size()
     if world_size > 1:
         dist.init_process_group("gloo")
     steps = text_in_steps()
@@ -123,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ the last kill goes to its end.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,17 +20,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import tyro
 from tqdm import tqdm
+
+from loop.config import InputError
+from scripts.command import command
 
 ROOT = Path(__file__).parent.parent
 GONE_S = 60  # by when the other processes of a launch have ended after a kill
 
 
-def command(world_size: int, flags: Sequence[str]) -> list[str]:
+def launch_line(world_size: int, flags: Sequence[str]) -> list[str]:
     """Return the command line of a launch."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     return [sys.executable, *(launcher if world_size > 1 else []), str(ROOT / "train.py"), *flags]
@@ -98,17 +102,17 @@ def compare(run: Path, whole: Path) -> list[str]:
     return [what for what, equal in same.items() if not equal]
 
 
-def soak(flags: argparse.Namespace, train: Sequence[str], out: Path) -> list[str]:
+def soak(flags: Flags, out: Path) -> list[str]:
     """Kill and go on; return what differs in the end. Says what it did."""
     chance = random.Random(flags.seed)
-    base = [*train, "--out", str(out), "--checkpoint-every", str(flags.checkpoint_every)]
+    base = [*flags.train, "--out", str(out), "--checkpoint-every", str(flags.checkpoint_every)]
     log = out / "soak.log"
     started = time.monotonic()
-    whole = launch(command(flags.world_size, [*base, "--run-name", "whole"]), log)
+    whole = launch(launch_line(flags.world_size, [*base, "--run-name", "whole"]), log)
     if whole.wait():
         raise RuntimeError(f"the uninterrupted run failed:\n{log.read_text()[-2000:]}")
     seconds = time.monotonic() - started
-    words = command(flags.world_size, [*base, "--run-name", "cut", "--resume", "auto", "--ddp-timeout", "20"])
+    words = launch_line(flags.world_size, [*base, "--run-name", "cut", "--resume", "auto", "--ddp-timeout", "20"])
     killed: Counter[str] = Counter()
     finished = 0
     with tqdm(total=flags.kills, unit="kill", dynamic_ncols=True) as bar:
@@ -135,21 +139,30 @@ def soak(flags: argparse.Namespace, train: Sequence[str], out: Path) -> list[str
     return compare(out / "cut", out / "whole")
 
 
-def main(args: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    train: tyro.conf.Positional[tuple[str, ...]] = ("--net", "mlp", "--epochs", "3", "--train-examples", "20000")
+    """Flags of train.py, after --."""
+    kills: int = 50
+    """How many times ranks or launcher are killed."""
+    world_size: int = 2
+    """Ranks, W."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of the moments and the victims."""
+
+
+@command
+def main(flags: Flags) -> int:
     """Soak; return 0 where every run that ended was bit-equal to the uninterrupted one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--world-size", type=int, default=2)
-    parser.add_argument("--checkpoint-every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
-    parser.add_argument("train", nargs="*", metavar="-- FLAGS", help="of train.py")
-    flags = parser.parse_args(args)
     if min(flags.kills, flags.world_size, flags.checkpoint_every) < 1:
-        parser.error("--kills, --world-size and --checkpoint-every must be at least 1")
-    train = flags.train or ["--net", "mlp", "--epochs", "3", "--train-examples", "20000"]
+        raise InputError("--kills, --world-size and --checkpoint-every must be at least 1")
     with tempfile.TemporaryDirectory() as out:
         try:
-            differs = soak(flags, train, Path(out))
+            differs = soak(flags, Path(out))
         except (RuntimeError, TimeoutError, subprocess.TimeoutExpired) as error:
             print(f"scripts.soak: error: {error}", file=sys.stderr)
             return 1

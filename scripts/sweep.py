@@ -11,7 +11,6 @@ its loss is not finite or by its audit, is recorded and named, and the others ar
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from loop.config import Config, InputError, check_run_name, parse
 from loop.run.fetch import provide
 from loop.run.folder import FAILED
 from loop.run.run import Run
+from scripts.command import command
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.2
@@ -163,39 +163,38 @@ def work(lines: list[list[str]]) -> int:
     return 0
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Flags:
+    """The flags; every other one goes to train.py, and given several values is an axis of the grid."""
+
+    group: str | None = None
+    """Name of the study."""
+    world_size: tuple[int, ...] = (1,)
+    """Ranks, on this machine."""
+    worker: Path | None = None
+    """Given by this program to the ranks it starts: train the runs in this file."""
+
+
+@command
+def main(flags: Flags, others: list[str]) -> int:
     """Plan, skip what is finished, launch the rest, world size by world size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every other flag goes to train.py; given several values, it is an axis of the grid.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--group", help="name of the study")
-    parser.add_argument("--world-size", type=int, nargs="+", default=[1], metavar="W", help="ranks, on this machine")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args, flags = parser.parse_known_args()
-    if args.worker:
-        return work(json.loads(args.worker.read_text()))
+    if flags.worker:
+        return work(json.loads(flags.worker.read_text()))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the launch, too
-    try:
-        if args.group is None:
-            raise InputError("--group NAME is needed: it is what the study is found by")
-        runs = plan(flags, args.world_size, args.group)
-        out = runs[0].config.out
-        exit_code = run_all(runs, out, args.group)
-    except InputError as error:
-        print(f"scripts.sweep: error: {error}", file=sys.stderr)
-        return 2
+    if flags.group is None:
+        raise InputError("--group NAME is needed: it is what the study is found by")
+    runs = plan(others, list(flags.world_size), flags.group)
+    out = runs[0].config.out
+    exit_code = run_all(runs, out, flags.group)
     if exit_code:
         return exit_code
     failed = [run for run in runs if (run.folder / FAILED).exists()]
     for run in failed:
         reason = json.loads((run.folder / FAILED).read_text())["reason"]
         print(f"scripts.sweep: {run.folder} has failed: {reason}", file=sys.stderr)
-    print(f"{len(runs)} runs in {out}; to compare: python -m scripts.compare --group {args.group} --out {out}")
-    if list(out.glob(f"{args.group}-*/wandb/offline-run-*")):
-        print(f"W&B has those kept offline after: wandb sync {out}/{args.group}-*/wandb/offline-run-*")
+    print(f"{len(runs)} runs in {out}; to compare: python -m scripts.compare --group {flags.group} --out {out}")
+    if list(out.glob(f"{flags.group}-*/wandb/offline-run-*")):
+        print(f"W&B has those kept offline after: wandb sync {out}/{flags.group}-*/wandb/offline-run-*")
     return 1 if failed else 0
 
 

@@ -10,22 +10,25 @@ is the number i. Where there is a net it is a single weight w, and the loss of e
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+import tyro
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from loop.config import InputError
 from loop.reduction import cell_loss, global_count
 from loop.run.launch import launched_rank, launched_world_size, leave_ranks
+from scripts.command import command
 
 PATIENCE_S = 5.0  # a rank that waits longer has hung; by default a group waits 10 (NCCL) or 30 minutes (gloo)
 
@@ -169,26 +172,31 @@ def report(name: str, fixed: bool) -> str:
     return f"{quantity}\n{ranks}: {here if isinstance(here, str) else f'{here:g}'}\none process: {one_process:g}"
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """List the symptoms, or show one; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", help="the symptom; without one, all are listed")
-    parser.add_argument("--fixed", action="store_true", help="the right number in place of the wrong one")
-    flags = parser.parse_args(args)
-    said, error = "", ""
-    if flags.name and flags.name not in SYMPTOMS:
-        error = f"there is no {flags.name}: choose from {', '.join(SYMPTOMS)}"
-    elif flags.name and launched_world_size() < 2:
-        error = f"needs ranks: torchrun --standalone --nproc_per_node 2 -m scripts.symptoms {flags.name}"
-    elif flags.name:
-        Accelerator(cpu=True)  # joins the ranks
-        said = report(flags.name, flags.fixed)
-        leave_ranks()
-    else:
-        said = "\n".join(f"{name:<22} {str(show.__doc__).splitlines()[0]}" for name, show in SYMPTOMS.items())
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    name: tyro.conf.Positional[str] = ""
+    """The symptom; without one, all are listed."""
+    fixed: bool = False
+    """The right number in place of the wrong one."""
+
+
+@command
+def main(flags: Flags) -> None:
+    """List the symptoms, or show one."""
+    if not flags.name:
+        print("\n".join(f"{name:<22} {str(show.__doc__).splitlines()[0]}" for name, show in SYMPTOMS.items()))
+        return
+    if flags.name not in SYMPTOMS:
+        raise InputError(f"there is no {flags.name}: choose from {', '.join(SYMPTOMS)}")
+    if launched_world_size() < 2:
+        raise InputError(f"needs ranks: torchrun --standalone --nproc_per_node 2 -m scripts.symptoms {flags.name}")
+    Accelerator(cpu=True)  # joins the ranks
+    said = report(flags.name, flags.fixed)
+    leave_ranks()
     if launched_rank() == 0:
-        print(f"scripts.symptoms: error: {error}" if error else said, file=sys.stderr if error else sys.stdout)
-    return 2 if error else 0
+        print(said)
 
 
 if __name__ == "__main__":

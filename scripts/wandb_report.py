@@ -1,8 +1,8 @@
 """Make the comparison of runs as a Weights & Biases Report, or bring the one that was made up to date.
 
-python -m scripts.wandb_report --entity ME --project P                  all runs of the project
-python -m scripts.wandb_report --entity ME --project P --group STUDY    one study
-python -m scripts.wandb_report --entity ME --project P --dry-run        print the spec: no account, no network
+    python -m scripts.wandb_report --entity ME --project P                  all runs of the project
+    python -m scripts.wandb_report --entity ME --project P --group STUDY    one study
+    python -m scripts.wandb_report --entity ME --project P --dry-run        print the spec: no account, no network
 
 The panels and words are those of `scripts.panels`, as in `scripts.compare`. A report is known by its title and
 description, so that any machine finds it again, and one deleted in W&B is made anew. What was changed in it by hand is
@@ -11,13 +11,13 @@ replaced; a copy, or the report renamed, is left alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shlex
 import sys
 import threading
+from dataclasses import dataclass
 
 import wandb
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ from wandb_workspaces.reports import v2 as wr
 from wandb_workspaces.reports.v2.interface import BlockTypes, PanelTypes
 
 from loop.config import InputError
+from scripts.command import command
 from scripts.panels import SECTIONS, TEST_ACC, Panel, Section
 
 TITLE = "Mean and sum under the all-reduce"
@@ -217,31 +218,39 @@ def reports_of(entity: str, project: str) -> list[BetaReport]:
         ) from error
 
 
-def main() -> None:
-    """Read the command line; print the spec, or save the report and print its URL."""
-    parser = argparse.ArgumentParser(
-        prog="wandb_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--entity", required=True, help="user or team in W&B")
-    parser.add_argument("--project", required=True, help="project in W&B")
-    parser.add_argument("--group", help="the study: only runs of this group")
-    parser.add_argument("--dry-run", action="store_true", help="print the report's spec as JSON; asks no server")
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    entity: str
+    """User or team in W&B."""
+    project: str
+    """Project in W&B."""
+    group: str = ""
+    """The study: only runs of this group."""
+    dry_run: bool = False
+    """Print the report's spec as JSON; asks no server."""
+
+
+@command
+def main(flags: Flags) -> None:
+    """Print the spec, or save the report and print its URL."""
     try:
-        if args.dry_run:
-            print(json.dumps(spec(make_report(args.entity, args.project, args.group, offline=True)), indent=2))
+        if flags.dry_run:
+            print(
+                json.dumps(spec(make_report(flags.entity, flags.project, flags.group or None, offline=True)), indent=2)
+            )
         else:
-            print(publish(args.entity, args.project, args.group))
-    except InputError as error:
+            print(publish(flags.entity, flags.project, flags.group or None))
+    except InputError:
         told.set()
-        print(f"wandb_report: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise
 
 
 def give_up() -> None:
     """End the process; W&B's own time-outs, those of its exit among them, have added up to more than a minute."""
     if not told.is_set():
-        print(f"wandb_report: error: W&B did not answer within {GIVE_UP_S} s", file=sys.stderr, flush=True)
+        print(f"scripts.wandb_report: error: W&B did not answer within {GIVE_UP_S} s", file=sys.stderr, flush=True)
     os._exit(2)
 
 
@@ -249,5 +258,6 @@ if __name__ == "__main__":
     watch = threading.Timer(GIVE_UP_S, give_up)
     watch.daemon = True
     watch.start()
-    main()
+    exit_code = main()
     watch.cancel()
+    sys.exit(exit_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from scripts import cost_model
-from scripts.cost_ranks import SIZES
 
 
 def test_one_rank_reduces_nothing_and_many_pay_the_link_twice() -> None:
@@ -17,7 +16,7 @@ def test_one_rank_reduces_nothing_and_many_pay_the_link_twice() -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_a_fit_finds_the_network_that_made_the_times(world_size: int) -> None:
     alpha, beta = 2e-4, 1.5e9
-    made = {size: cost_model.ring(world_size, size, alpha, beta) for size in SIZES}
+    made = {size: cost_model.ring(world_size, size, alpha, beta) for size in cost_model.SIZES}
     assert cost_model.fit(world_size, made) == pytest.approx((alpha, beta))
 
 

@@ -18,8 +18,10 @@ from loop.book import evaluate, train_epoch_ch3
 from loop.config import InputError
 from loop.data import EvalBatches, Split
 from loop.effect import example_weights
+from loop.files import write_whole
 from loop.reduction import Normalize, Reduction
-from scripts import figures, gallery, probes
+from scripts.gallery import __main__ as gallery
+from scripts.gallery import drawing, figures, probes
 from scripts.runs import Run
 from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here
 from tests.ranks import World
@@ -194,19 +196,19 @@ def test_a_title_holds_the_runs_own_number_and_no_finding_is_drawn_that_does_not
         "tail-mean": [tail_run("mean", 1, 1.0), tail_run("mean", 4, 0.3)],
         "tail-sum": [tail_run("sum", 1, 96.0), tail_run("sum", 4, 24.0)],
     }
-    figure, finding = figures.paint(figures.tail, runs)
+    figure, finding = drawing.paint(figures.tail, runs)
     assert "the sum 0.375 times as far" in finding.title
     assert "0.3 and 0.094" in finding.title
     assert figure.get_suptitle().replace("\n", " ") == finding.title
     runs["tail-mean"][0] = tail_run("mean", 1, 0.9)
     with pytest.raises(probes.DoesNotHoldError, match=r"0\.9"):
-        figures.paint(figures.tail, runs)
+        drawing.paint(figures.tail, runs)
 
 
 def test_a_block_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- gallery: x -->\nold\n<!-- end -->\nb\n<!-- gallery: y -->\nkept\n<!-- end -->\n")
-    gallery.write(page, gallery.replaced(page, "x", "new"))
+    write_whole(page, gallery.replaced(page, "x", "new").encode())
     assert page.read_text() == (
         "a\n<!-- gallery: x -->\n\nnew\n\n<!-- end -->\nb\n<!-- gallery: y -->\nkept\n<!-- end -->\n"
     )
@@ -220,7 +222,7 @@ def test_a_block_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_every_figure_and_block_has_its_place_its_function_and_its_picture() -> None:
-    from scripts import blocks
+    from scripts.gallery import blocks
 
     for name in gallery.NEEDS:
         gallery.replaced(gallery.page_of(name), name, "")

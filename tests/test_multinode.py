@@ -16,12 +16,12 @@ import pytest
 from safetensors.torch import load_file
 
 from loop.config import InputError
-from scripts import interface
+from scripts.cluster import interface
 from tests.cases import relative_distance
 from tests.hosts import ADDRESSES, NAMES, NoHostsError, TwoHosts
 from tests.launches import LAUNCHES, kill, launch, rows_of, start
 
-MULTINODE = ["bash", "scripts/multinode.sh"]
+MULTINODE = ["bash", "scripts/cluster/multinode.sh"]
 SLICE = ["--dtype", "float64", "--epochs", "20", "--train-examples", "1003", "--batch-size", "128"]
 DDP_TIMEOUT_S, NOTICED_S = 5, 10
 MEETINGS: dict[str, list[dict[str, str]]] = {  # one host's variables, and the other's
@@ -139,7 +139,7 @@ def test_bad_flags_stop_a_node_before_it_waits_for_others() -> None:
 
 
 def test_an_address_where_nobody_answers_ends_a_node_with_a_message(hosts: TwoHosts) -> None:
-    module = [sys.executable, "-m", "scripts.interface", f"{ADDRESSES[0]}:29499", "--wait", "1"]
+    module = [sys.executable, "-m", "scripts.cluster.interface", f"{ADDRESSES[0]}:29499", "--wait", "1"]
     done = subprocess.run([*hosts.enter[1], *module], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "nobody answers at 10.77.0.1:29499 after 1 s" in done.stderr
@@ -147,7 +147,7 @@ def test_an_address_where_nobody_answers_ends_a_node_with_a_message(hosts: TwoHo
 
 def test_a_host_finds_the_interface_on_the_way(hosts: TwoHosts) -> None:
     for enter, address, part in zip(hosts.enter, ADDRESSES, ["host", "guest"], strict=True):
-        module = [sys.executable, "-m", "scripts.interface", f"{ADDRESSES[0]}:29500"]
+        module = [sys.executable, "-m", "scripts.cluster.interface", f"{ADDRESSES[0]}:29500"]
         assert subprocess.check_output([*enter, *module], text=True) == f"{address} cable {part}\n"
 
 
@@ -193,8 +193,10 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_slurm_job_runs_multinode_on_every_node(slurm: dict[str, str], tmp_path: Path) -> None:
-    subprocess.run(["bash", "scripts/slurm.sbatch", "--net", "lenet"], env=slurm, check=True, timeout=30)
-    srun = "srun --kill-on-bad-exit=1 bash scripts/multinode.sh --net lenet --run-name slurm-123456 --resume auto"
+    subprocess.run(["bash", "scripts/cluster/slurm.sbatch", "--net", "lenet"], env=slurm, check=True, timeout=30)
+    srun = (
+        "srun --kill-on-bad-exit=1 bash scripts/cluster/multinode.sh --net lenet --run-name slurm-123456 --resume auto"
+    )
     assert (tmp_path / "calls").read_text().splitlines() == ["scontrol show hostnames node[1-2]", srun]
     environ = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
     assert environ["RDZV_ENDPOINT"] == f"{NAMES[0]}:23456"
@@ -202,7 +204,7 @@ def test_a_slurm_job_runs_multinode_on_every_node(slurm: dict[str, str], tmp_pat
 
 
 def test_a_slurm_job_whose_time_is_up_stops_its_ranks_and_queues_again(slurm: dict[str, str], tmp_path: Path) -> None:
-    command = ["bash", "scripts/slurm.sbatch", "--run-name", "long", "--resume=never"]
+    command = ["bash", "scripts/cluster/slurm.sbatch", "--run-name", "long", "--resume=never"]
     job = subprocess.Popen(command, env={**slurm, "STEP_S": "30"})
     while not (tmp_path / "step").exists():
         assert job.poll() is None
@@ -210,7 +212,7 @@ def test_a_slurm_job_whose_time_is_up_stops_its_ranks_and_queues_again(slurm: di
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 128 + signal.SIGTERM, "the step's own end"
     assert (tmp_path / "calls").read_text().splitlines()[1:] == [
-        "srun --kill-on-bad-exit=1 bash scripts/multinode.sh --run-name long --resume=never",
+        "srun --kill-on-bad-exit=1 bash scripts/cluster/multinode.sh --run-name long --resume=never",
         "scancel --signal=TERM 123456",
         "scontrol requeue 123456",
     ]

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from scripts import peers
-from scripts.peer_loops import BATCH_SIZE, LR, OURS, PEERS, Peer, Task, train_rank
-from scripts.peers import distances, launch, main, measure
+from scripts.peers import __main__ as peers
+from scripts.peers.__main__ import distances, launch, main, measure
+from scripts.peers.loops import BATCH_SIZE, LR, OURS, PEERS, Peer, Task, train_rank
 from tests.ranks import World
 
 DATA = Path("data")
@@ -168,7 +168,7 @@ def test_failures_have_their_own_words(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [line[1:].strip() for line in output.out.splitlines()[2:]] == [
         "crashes: ValueError: no such luck",
         "aborts: ranks out of step",
-        "not installed: pip install -r scripts/requirements-peers.txt",
+        "not installed: pip install -r scripts/peers/requirements.txt",
     ]
     assert "Traceback" in output.err
     assert main(["--examples", "10", "--world-size", "2", "--only", "b", "c"]) == 0

@@ -9,13 +9,13 @@ import re
 import shlex
 import shutil
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,23 +32,26 @@ from tests.ranks import World
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "scripts").rglob("*.md")))]
 LAUNCHER = r"(?:[A-Z_]+=\S+ )*(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
 
 
 def blocks(language: str) -> list[str]:
-    """The README's code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """The pages' code blocks in a language."""
+    return [
+        block for page in PAGES for block in re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def commands() -> list[tuple[str, str]]:
-    """Each command of the README, with the comment on the line below it ('' where there is none)."""
+    """Each command of the pages, with the comment on the line below it ('' where there is none)."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
     found = [
         (line.split(" # ")[0].strip(), below.removeprefix("# ") if below.startswith("# ") else "")
         for line, below in zip(lines, [*lines[1:], ""], strict=True)
         if line and not line.startswith(("#", "export "))
     ]
-    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", "\n".join(PAGES), flags=re.MULTILINE | re.DOTALL)
     inline = re.findall(rf"`({LAUNCHER}[^`]+)`", text)
     return found + [(" ".join(command.split()), "") for command, _ in inline]
 
@@ -68,33 +71,31 @@ def test_a_command_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest
     if "--help" in args:
         with pytest.raises(SystemExit, match="0"):
             parse(args)
-    elif program in ("train.py", "scripts/train.sh", "scripts/multinode.sh"):
+    elif program in ("train.py", "scripts/train.sh", "scripts/cluster/multinode.sh"):
         config = parse(args)
         config.validate()
         config.shards(config.training_size(60_000), ranks)
     elif program == "scripts.sweep":
         monkeypatch.setattr(sweep, "run_all", lambda *planned: 0)
         monkeypatch.setattr("signal.signal", lambda *handler: None)
-        monkeypatch.setattr(sys, "argv", ["sweep", *args, "--out", str(tmp_path)])
-        assert sweep.main() == 0
+        assert sweep.main([*args, "--out", str(tmp_path)]) == 0
     elif program.startswith("scripts."):
-        assert (ROOT / program.replace(".", "/")).with_suffix(".py").is_file()
-        parsed_by(pytest.importorskip(program).main, args, monkeypatch)  # W&B is not installed everywhere
+        module = program + ".__main__" * (ROOT / program.replace(".", "/")).is_dir()
+        parsed_by(pytest.importorskip(module).main, args, monkeypatch)  # W&B is not installed everywhere
     else:
         assert (ROOT / program).is_file()
 
 
-def parsed_by(main: Callable[[], Any], args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a program read these arguments, with its own parser, and go no further."""
-    parse_args = ArgumentParser.parse_args
+def parsed_by(main: Callable[[list[str]], int], args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program read these arguments, and go no further."""
+    read = tyro.cli
 
-    def read_and_stop(parser: ArgumentParser, *_: Any) -> None:
-        parse_args(parser, args)
+    def read_and_stop(flags: Any, **settings: Any) -> None:
+        read(flags, **settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ArgumentParser, "parse_args", read_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        main()
+    monkeypatch.setattr(tyro, "cli", read_and_stop)
+    assert main(args) == 130
 
 
 @pytest.mark.parametrize(("command", "says"), [pair for pair in commands() if pair[1]])

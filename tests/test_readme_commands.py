@@ -15,7 +15,7 @@ NOT_RUN = {  # part of a command: why it is not run here
     "wandb login": "needs an account",
     "--wandb online": "needs an account",
     "scripts.wandb_report": "needs an account",
-    "scripts/multinode.sh": "needs several machines",
+    "scripts/cluster/multinode.sh": "needs several machines",
     "scripts.sweep": "takes minutes",
     "scripts.compare": "shows what the sweep has trained",
     "scripts.gallery": "takes minutes",

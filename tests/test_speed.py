@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from loop.config import parse
 from loop.run.checkpoints import Checkpoints
 from loop.updater import CellUpdater
-from scripts import bench
+from scripts.bench import __main__ as bench
 from tests.ranks import World
 
 WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default}
@@ -123,9 +124,13 @@ def test_the_first_step_needs_no_picture_no_wandb_and_no_torchvision(tmp_path: P
     assert not [name for name in ("matplotlib", "wandb", "IPython", "plotly", "torchvision") if f"'{name}'" in imported]
 
 
+def flags_of(*words: str) -> bench.Flags:
+    return tyro.cli(bench.Flags, args=words)
+
+
 def timed(net: str, *flags: str) -> bench.Figures:
     """The loops of a net, timed on this rank."""
-    return bench.time_loops(bench.command_line(["--time", net, *TINY, *flags]))
+    return bench.time_loops(flags_of("--time", net, *TINY, *flags))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -145,8 +150,7 @@ def test_the_bench_writes_what_it_measured(
 ) -> None:
     figures = {"cost": "audit", "ratio": 1.0}
     monkeypatch.setattr(bench, "in_ranks", lambda world_size, args, *flags: {**figures, "ranks": world_size})
-    monkeypatch.setattr(sys, "argv", ["bench", "--parts", "costs", "--json", str(tmp_path / "bench.json")])
-    bench.main()
+    assert bench.main(["--parts", "costs", "--json", str(tmp_path / "bench.json")]) == 0
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [cost["ranks"] for cost in written["costs"]] == [2, 1, 1, 2]
     assert torch.__version__.startswith(written["versions"]["torch"])
@@ -166,12 +170,9 @@ def test_what_needs_more_gpus_than_there_are_is_left_out_and_named(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr(bench, "in_ranks", measured)
-    monkeypatch.setattr(bench, "startup", lambda args: {f"{args.world_sizes}": [1.0]})
+    monkeypatch.setattr(bench, "startup", lambda args: {f"{[*filter(args.fits, args.world_sizes)]}": [1.0]})
     monkeypatch.setattr(bench, "loops_in_words", lambda figures: "")
-    monkeypatch.setattr(
-        sys, "argv", ["bench", "--device", "cuda", "--json", str(tmp_path / "bench.json"), *world_sizes]
-    )
-    bench.main()
+    assert bench.main(["--device", "cuda", "--json", str(tmp_path / "bench.json"), *world_sizes]) == 0
     loops, memory, costs = ("softmax", "mlp", "lenet"), ("bare", "ours"), ("checkpoint", "wandb")
     assert launched == [(1, name) for name in (*loops, *memory, *costs)]
     left_out = [] if world_sizes else ["loops, memory, startup on 2 ranks"]
@@ -195,9 +196,7 @@ def test_what_needs_more_gpus_than_there_are_is_left_out_and_named(
     ],
 )
 def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], flags: str, said: str) -> None:
-    with pytest.raises(SystemExit) as end:
-        bench.command_line(flags.split())
-    assert end.value.code == 2
+    assert bench.main(flags.split()) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -211,7 +210,7 @@ def test_a_cost_is_a_ratio_with_its_interval() -> None:
 
 @pytest.mark.parametrize("name", ["checkpoint", "audit"])
 def test_a_cost_comes_from_pairs_of_runs(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    figures = bench.cost(bench.command_line(["--cost", name, "--pairs", "5", "--examples", "600"]))
+    figures = bench.cost(flags_of("--cost", name, "--pairs", "5", "--examples", "600"))
     assert [len(side) for side in figures["seconds"]] == [5, 5]
     assert all(seconds > 0 for side in figures["seconds"] for seconds in side)
     assert (name == "audit") == ("--audit-every 1" in capsys.readouterr().out)

@@ -33,13 +33,12 @@ def project(stub: WandbStub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_SILENT")
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["wandb_report", "--entity", "ent", "--project", "p", *flags])
-    wandb_report.main()
+def call(*flags: str) -> None:
+    wandb_report.main(["--entity", "ent", "--project", "p", *flags])
 
 
-def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
-    call(monkeypatch, "--dry-run", *flags)
+def dry_run(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    call("--dry-run", *flags)
     return json.loads(capsys.readouterr().out)
 
 
@@ -61,7 +60,7 @@ def without_ids(value: Any) -> Any:
 def test_the_spec_holds_every_section_and_panel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = dry_run(monkeypatch, capsys)["spec"]
+    spec = dry_run(capsys)["spec"]
     headings = [block["children"][0]["text"] for block in spec["blocks"] if block["type"] == "heading"]
     assert headings == [*(section.title for section in SECTIONS), "The runs side by side"]
     for section, grid in zip(SECTIONS, grids(spec), strict=False):
@@ -78,7 +77,7 @@ def test_runs_are_grouped_by_the_section_then_by_mode(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
-    for grid in grids(dry_run(monkeypatch, capsys)["spec"]):
+    for grid in grids(dry_run(capsys)["spec"]):
         (run_set,) = grid["runSets"]
         assert all(key["section"] == "config" for key in run_set["grouping"])
         found.append([key["name"] for key in run_set["grouping"]])
@@ -96,19 +95,19 @@ def test_every_run_set_is_filtered_to_the_group_to_the_letter(
     group: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = {"key": {"section": "run", "name": "group"}, "op": "=", "value": group, "disabled": False}
-    for grid in grids(dry_run(monkeypatch, capsys, "--group", group)["spec"]):
+    for grid in grids(dry_run(capsys, "--group", group)["spec"]):
         assert [run_set["filters"]["filters"] for run_set in grid["runSets"]] == [[wanted]]
 
 
 def test_without_a_group_nothing_is_filtered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for grid in grids(dry_run(monkeypatch, capsys)["spec"]):
+    for grid in grids(dry_run(capsys)["spec"]):
         assert [run_set["filters"]["filters"] for run_set in grid["runSets"]] == [[]]
 
 
 def test_no_two_panels_of_a_grid_overlap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for grid in grids(dry_run(monkeypatch, capsys)["spec"]):
+    for grid in grids(dry_run(capsys)["spec"]):
         taken: set[tuple[int, int]] = set()
         for panel in grid["panelBankSectionConfig"]["panels"]:
             x, y, w, h = (panel["layout"][key] for key in "xywh")
@@ -118,7 +117,7 @@ def test_no_two_panels_of_a_grid_overlap(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_formulas_and_code_are_set_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = dry_run(monkeypatch, capsys)["spec"]["blocks"]
+    blocks = dry_run(capsys)["spec"]["blocks"]
     children = [child for block in blocks for child in block["children"]]
     texts = [child["text"] for child in children if "text" in child]
     assert not [text for text in texts if "$" in text or "`" in text]
@@ -140,8 +139,8 @@ def test_a_dry_run_asks_no_server_and_imports_no_torch(stub: WandbStub) -> None:
 def test_what_is_saved_is_the_dry_run_with_its_project(
     stub: WandbStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = dry_run(monkeypatch, capsys, "--group", "tails")
-    call(monkeypatch, "--group", "tails")
+    shown = dry_run(capsys, "--group", "tails")
+    call("--group", "tails")
     said = capsys.readouterr()
     ((number, report),) = stub.reports.items()
     spec = json.loads(report["spec"])
@@ -157,27 +156,27 @@ def test_what_is_saved_is_the_dry_run_with_its_project(
 def test_a_second_call_updates_the_report_and_leaves_others_alone(
     stub: WandbStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(monkeypatch, "--group", "tails")
+    call("--group", "tails")
     ((number, first),) = stub.reports.items()
     copies = {
         "renamed": {**first, "id": "renamed", "displayName": "Mine"},
         "rewritten": {**first, "id": "rewritten", "description": "Mine"},
     }
     stub.reports.update(copies)
-    call(monkeypatch, "--group", "tails")
+    call("--group", "tails")
     assert list(stub.reports) == [number, *copies]
     assert stub.reports[number]["spec"] != first["spec"]
     assert {name: stub.reports[name] for name in copies} == copies
-    call(monkeypatch, "--group", "lr")
+    call("--group", "lr")
     assert len(stub.reports) == 4
     assert stub.unknown == []
 
 
 def test_a_report_that_was_deleted_is_made_anew(stub: WandbStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    call(monkeypatch)
+    call()
     (first,) = stub.reports
     del stub.reports[first]
-    call(monkeypatch)
+    call()
     (second,) = stub.reports
     assert second != first
     assert stub.unknown == []
@@ -189,7 +188,7 @@ def failure(**environ: str) -> tuple[str, float]:
     done = subprocess.run(COMMAND, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60)
     seconds = time.perf_counter() - started
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("wandb_report: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("scripts.wandb_report: error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr, seconds
 
 
@@ -255,5 +254,8 @@ def test_without_a_key_a_terminal_is_not_asked_for_one(tmp_path: Path) -> None:
     said = os.read(ours, 4096).decode()
     os.close(ours), os.close(theirs)
     assert done.returncode == 2
-    assert said.startswith("wandb_report: error: not logged in to W&B: run `wandb login`") and said.count("\n") == 1
+    assert (
+        said.startswith("scripts.wandb_report: error: not logged in to W&B: run `wandb login`")
+        and said.count("\n") == 1
+    )
     assert seconds < 10

@@ -10,19 +10,17 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loop.config import Config
 from loop.effect import steps_by_lr, target_reduction
-from loop.run.folder import FAILED, write_json
+from loop.run.folder import FAILED, git_commit, installed, write_json
 from loop.run.launch import leave_ranks_at_exit
 from loop.run.stopping import StopSignal
 
@@ -313,21 +311,3 @@ class Run:
         from loop.run.resume import how_to_go_on
 
         return how_to_go_on(getattr(self, "folder", None))
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Return the commit of this project's checkout, with "-dirty" where it has changes; None outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -1,10 +1,10 @@
 """Measure how far from one process's weights each way of training on W ranks ends, and how far apart its replicas.
 
-    pip install -r scripts/requirements-peers.txt         # Lightning and transformers; without them their rows say so
+    pip install -r scripts/peers/requirements.txt         # Lightning and transformers; without them their rows say so
     python -m scripts.peers                               # about three minutes on two cores, without a GPU
     python -m scripts.peers --only Accelerate --examples 1000 --world-size 2 --json peers.json
 
-Same data, net, order of examples and learning rate, float64, one epoch, 64 examples a rank: scripts/peer_loops.py has
+Same data, net, order of examples and learning rate, float64, one epoch, 64 examples a rank: scripts/peers/loops.py has
 the loops. A cell is |w - w'| / |w' - w0|, with w of rank 0, w' of one process on batches of 64 W, w0 where both began.
 Added are the examples that went forward beyond N, and the largest difference of a parameter between rank 0 and
 another, where it is more than rounding. A loop whose ranks do not all end in time hangs, and is killed.
@@ -12,13 +12,11 @@ another, where it is more than rounding. A loop whose ranks do not all end in ti
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import socket
 import sys
@@ -36,11 +34,13 @@ from tqdm import tqdm
 
 from loop.config import Config, InputError
 from loop.run.fetch import provide
-from scripts.peer_loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, one_process, serve
+from scripts.command import command
+from scripts.machine import hardware, versions
+from scripts.peers.loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, one_process, serve
 
 ROUNDING = 1e-12
 START_S = 180  # for imports and the first rendezvous
-INSTALL = "not installed: pip install -r scripts/requirements-peers.txt"
+INSTALL = "not installed: pip install -r scripts/peers/requirements.txt"
 MISMATCH = "aborts: ranks out of step"  # gloo's word: one rank's collective met another of the other's
 CRASH = "crashes"
 PACKAGES = ("torch", "accelerate", "lightning", "transformers")
@@ -81,7 +81,7 @@ def launch(loop: Loop, world_size: int, timeout: float, examples: int, data_dir:
     Raises TimeoutError if some are not done after `timeout` seconds, CrashError if one dies.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripts.peer_loops", "lightning.pytorch", "transformers.trainer"])
+    context.set_forkserver_preload(["scripts.peers.loops", "lightning.pytorch", "transformers.trainer"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -174,56 +174,62 @@ def table(results: Sequence[Result], *, markdown: bool) -> str:
 
 def setting() -> str:
     """Return the versions and the machine."""
-    found = [name for name in PACKAGES if importlib.util.find_spec(name)]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in found)
-    return f"{versions}, Python {platform.python_version()}; 1 torch thread a rank, {os.cpu_count()} cores, gloo"
+    found = ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
+    return f"{found}; 1 torch thread a rank, {hardware()}, gloo"
 
 
-def parse(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the flags and the chosen peers. Raises InputError for values out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, nargs="+", default=[1152, 1001, 1000, 897], help="training examples, N")
-    parser.add_argument("--world-size", type=int, nargs="+", default=[2, 3], help="ranks, W")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="only peers with this in their name")
-    parser.add_argument("--timeout", type=float, default=10, help="seconds after which ranks are taken to hang")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where Fashion-MNIST is kept")
-    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into this file, too")
-    flags = parser.parse_args(args)
-    available = provide(Config(data_dir=flags.data_dir), fetching=True)
-    peers = [peer for peer in PEERS if any(word.lower() in peer.lower() for word in flags.only)]
-    for wrong, message in (
-        (min(flags.examples) < 1, f"--examples {min(flags.examples)}: must be at least 1"),
-        (max(flags.examples) > available, f"--examples {max(flags.examples)}: there are only {available}"),
-        (min(flags.world_size) < 2, f"--world-size {min(flags.world_size)}: one rank has no one to differ from"),
-        (not 0 < flags.timeout < ORPHANED_S, f"--timeout {flags.timeout:g}: must lie between 0 and {ORPHANED_S}"),
-        (not peers, f"--only {' '.join(flags.only)}: no such peer; there are: {'; '.join(PEERS)}"),
-    ):
-        if wrong:
-            raise InputError(message)
-    return flags, peers
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    examples: tuple[int, ...] = (1152, 1001, 1000, 897)
+    """Training examples, N."""
+    world_size: tuple[int, ...] = (2, 3)
+    """Ranks, W."""
+    only: tuple[str, ...] = ("",)
+    """Only peers with one of these words in their name. Default: all."""
+    timeout: float = 10
+    """Seconds after which ranks are taken to hang."""
+    data_dir: Path = Path("data")
+    """Where Fashion-MNIST is kept."""
+    markdown: bool = False
+    """Print the table in Markdown."""
+    json: Path | None = None
+    """Write the figures into this file, too."""
+
+    def chosen(self) -> list[str]:
+        """Return the peers to measure. Raises InputError for values out of range."""
+        available = provide(Config(data_dir=self.data_dir), fetching=True)
+        peers = [peer for peer in PEERS if any(word.lower() in peer.lower() for word in self.only)]
+        for wrong, message in (
+            (min(self.examples) < 1, f"--examples {min(self.examples)}: must be at least 1"),
+            (max(self.examples) > available, f"--examples {max(self.examples)}: there are only {available}"),
+            (min(self.world_size) < 2, f"--world-size {min(self.world_size)}: one rank has no one to differ from"),
+            (not 0 < self.timeout < ORPHANED_S, f"--timeout {self.timeout:g}: must lie between 0 and {ORPHANED_S}"),
+            (not peers, f"--only {' '.join(self.only)}: no such peer; there are: {'; '.join(PEERS)}"),
+        ):
+            if wrong:
+                raise InputError(message)
+        return peers
 
 
-def main(args: Sequence[str] | None = None) -> int:
+@command
+def main(flags: Flags) -> int:
     """Measure and print; return 0 unless this project is off by more than rounding, or a peer crashes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no rank outlives this
-    try:
-        flags, peers = parse(args)
-        if flags.json:
+    peers = flags.chosen()
+    if flags.json:
+        try:
             flags.json.open("a").close()  # can it be written? Before minutes of work
-    except (InputError, OSError) as error:
-        print(f"scripts.peers: error: {error}", file=sys.stderr)
-        return 2
+        except OSError as error:
+            raise InputError(str(error)) from None
     print(setting())
     cases = [(peer, world_size, n) for peer in peers for world_size in flags.world_size for n in flags.examples]
     results = []
-    try:
-        with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
-            for peer, world_size, n in bar:
-                bar.set_postfix_str(f"{peer}, W={world_size}, N={n}")
-                results.append(measure(peer, world_size, n, flags.timeout, flags.data_dir))
-    except KeyboardInterrupt:
-        return 130
+    with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
+        for peer, world_size, n in bar:
+            bar.set_postfix_str(f"{peer}, W={world_size}, N={n}")
+            results.append(measure(peer, world_size, n, flags.timeout, flags.data_dir))
     print(table(results, markdown=flags.markdown))
     if flags.json:
         flags.json.write_text(

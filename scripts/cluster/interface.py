@@ -1,6 +1,6 @@
-"""Print how this machine reaches the place where the nodes of a training meet, for scripts/multinode.sh.
+"""Print how this machine reaches the place where the nodes of a training meet, for scripts/cluster/multinode.sh.
 
-python -m scripts.interface HOST:PORT [--ifname IFNAME] [--wait SECONDS]
+    python -m scripts.cluster.interface HOST:PORT [--ifname IFNAME] [--wait SECONDS]
 
 One line: this machine's address on the way there, the interface that has it, and `host` where HOST is this machine,
 `guest` where it is another. With --wait, a guest waits until HOST listens, so that a wrong address ends with a message
@@ -10,17 +10,18 @@ loopback, and torchrun's c10d rendezvous would send it to the other nodes.
 
 from __future__ import annotations
 
-import argparse
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from ipaddress import ip_address
 
 import psutil
+import tyro
 
 from loop.config import InputError
+from scripts.command import command
 
 RETRY_S = 0.5
 
@@ -88,23 +89,26 @@ def wait_until_listening(host: str, port: int, patience_s: float) -> None:
         time.sleep(RETRY_S)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Print the line; where there is none, say why."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("endpoint", help="where the nodes meet, HOST:PORT")
-    parser.add_argument("--ifname", help="use this interface instead of the one on the way")
-    parser.add_argument("--wait", type=float, help="seconds that a guest waits for HOST")
-    flags = parser.parse_args(args)
-    try:
-        host, port = split_endpoint(flags.endpoint)
-        address, ifname, is_host = reach(host, port, flags.ifname)
-        if flags.wait is not None and not is_host:
-            wait_until_listening(host, port, flags.wait)
-    except InputError as error:
-        print(f"multinode.sh: {error}", file=sys.stderr)
-        return 2
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    endpoint: tyro.conf.Positional[str]
+    """Where the nodes meet, HOST:PORT."""
+    ifname: str | None = None
+    """Use this interface instead of the one on the way."""
+    wait: float | None = None
+    """Seconds that a guest waits for HOST."""
+
+
+@command
+def main(flags: Flags) -> None:
+    """Print the line."""
+    host, port = split_endpoint(flags.endpoint)
+    address, ifname, is_host = reach(host, port, flags.ifname)
+    if flags.wait is not None and not is_host:
+        wait_until_listening(host, port, flags.wait)
     print(address, ifname, "host" if is_host else "guest")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,21 +13,12 @@ from loop.config import Config
 from loop.effect import divisors, effect, effective_lr
 from loop.run import console
 from loop.shards import Shards
-from scripts.probes import distance, flags_of, last, pick
+from scripts.gallery.probes import distance, flags_of, last, pick
+from scripts.machine import hardware
 from scripts.runs import Run
 
 WIDTH = 120
 PICTURES = Path(__file__).parent / "pictures"
-
-
-def hardware() -> str:
-    """Return what the runs ran on, in words."""
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        named = None
-    model = named[1] if named else platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores of {'an' if model[0] in 'AEIOU' else 'a'} {model}"
 
 
 def versions() -> str:
@@ -51,7 +39,7 @@ def train(runs: Mapping[str, Sequence[Run]]) -> str:
             *(textwrap.fill(line, WIDTH) for line in said.splitlines()),
             "```",
             "",
-            "![Train loss, train accuracy and test accuracy over ten epochs](scripts/pictures/train.png)",
+            "![Train loss, train accuracy and test accuracy over ten epochs](scripts/gallery/pictures/train.png)",
             "",
             f"*`bash scripts/train.sh --reduction mean`: softmax regression, {ranks} CPU ranks, n = 1 run.*",
         ]

@@ -1,25 +1,28 @@
 """Compare runs, with no account and no network: a table in the terminal, report.html with curves, a PNG of each panel.
 
-python -m scripts.compare runs/mean-global-spread-w1-b256 runs/mean-global-spread-w2-b256
-python -m scripts.compare --group tails                     all runs in runs/ that were trained with --group tails
-python -m scripts.compare --group tails --color-by world_size --to pictures
+    python -m scripts.compare runs/mean-global-spread-w1-b256 runs/mean-global-spread-w2-b256
+    python -m scripts.compare --group tails                     all runs in runs/ that were trained with --group tails
+    python -m scripts.compare --group tails --color-by world_size --to pictures
 
 report.html is one file that opens from disk. Runs that are not finished are compared as far as they went.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from loop.config import InputError
-from scripts.page import numeric, page, style
+from scripts.command import command
+from scripts.compare.page import numeric, page, style
 from scripts.panels import DRIFT, PANELS, SECTIONS, TEST_ACC, THROUGHPUT, TRAIN_LOSS, Panel
 from scripts.runs import DERIVED, RUN, Run, differing, grouped, read_runs, study
 
@@ -33,26 +36,30 @@ COLUMNS: tuple[tuple[str, Panel, Callable[[list[float]], float], str], ...] = (
 """Of the table: title, panel, what of the curve's values, format."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Read the command line and compare. Bad input ends the program with one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser("compare", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--group", metavar="STUDY", help="compare all runs of this study")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where --group looks (default: runs)")
-    parser.add_argument(
-        "--color-by", metavar="KEY", help="config key, or run, that colours the PNGs and, at first, all curves"
-    )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: comparison, or comparison/STUDY")
-    flags = parser.parse_args(args)
-    try:
-        if bool(flags.runs) == bool(flags.group):
-            raise InputError("name the folders of runs, or give --group STUDY, and not both")
-        runs = read_runs(flags.runs or study(flags.out, flags.group))
-        folder = Path("comparison", re.sub(r"[^\w-]+", "-", flags.group or ""))  # a study's name may hold a slash
-        compare(runs, flags.group, flags.color_by, flags.to or folder)
-    except InputError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        sys.exit(2)
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """The runs' folders."""
+    group: str | None = None
+    """Compare all runs of this study."""
+    out: Path = Path("runs")
+    """Where --group looks for runs."""
+    color_by: str | None = None
+    """Config key, or run, that colours the PNGs and, at first, all curves."""
+    to: Path | None = None
+    """Folder of the report. Default: comparison, or comparison/STUDY."""
+
+
+@command
+def main(flags: Flags) -> None:
+    """Compare the runs."""
+    if bool(flags.runs) == bool(flags.group):
+        raise InputError("name the folders of runs, or give --group STUDY, and not both")
+    runs = read_runs(flags.runs or study(flags.out, flags.group or ""))
+    folder = Path("comparison", re.sub(r"[^\w-]+", "-", flags.group or ""))  # a study's name may hold a slash
+    compare(runs, flags.group, flags.color_by, flags.to or folder)
 
 
 def compare(runs: Sequence[Run], group: str | None, color_by: str | None, to: Path) -> None:
@@ -160,4 +167,4 @@ def draw(panel: Panel, runs: Sequence[Run], key: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from scripts.formulas import to_html
+from latex2mathml.converter import convert as latex_to_mathml
+
 from scripts.panels import PANELS, SECTIONS, Panel, Section
 from scripts.runs import NAMES, Curve, Run, grouped
 
@@ -108,6 +109,19 @@ def _section(section: Section, panels: Sequence[Panel], keys: Sequence[str]) -> 
         f'<div class="legend" role="group" aria-label="Legend: click to hide or show"></div>\n'
         f'<div class="grid">\n{figures}\n</div></section>'
     )
+
+
+def to_html(text: str) -> str:
+    """Return text with `code` and $formulas$ in LaTeX as HTML, whose formulas are MathML."""
+    html = ""
+    for piece in re.split(r"(\$[^$]+\$|`[^`]+`)", text):
+        if piece.startswith("$"):
+            html += latex_to_mathml(piece[1:-1])
+        elif piece.startswith("`"):
+            html += f"<code>{escape(piece[1:-1])}</code>"
+        else:
+            html += escape(piece, quote=False)
+    return html
 
 
 def _anchor(section: Section) -> str:

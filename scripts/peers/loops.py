@@ -1,4 +1,4 @@
-"""The training loops that scripts/peers.py measures: each as its documentation says, on the same examples in one order.
+"""The training loops that scripts/peers measures: each as its documentation says, on the same examples in one order.
 
 The order of the epoch is fixed beforehand: `Task.dataset` is the data already permuted, and every loader reads it from
 front to back. With b = 64 examples a rank and W ranks, all deal out the same full steps, positions sWb to (s+1)Wb:

@@ -1,4 +1,4 @@
-"""The loops that scripts/bench.py times: the same net, batch and updates each, an epoch a call.
+"""The loops that scripts/bench times: the same net, batch and updates each, an epoch a call.
 
 - book: the book's own, over torchvision's `DataLoader` with so many workers.
 - bare: over tensors in memory, written the usual way; with several ranks under plain DDP.

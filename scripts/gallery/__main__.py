@@ -1,6 +1,6 @@
-"""Regenerate every figure of scripts/pictures/README.md, and every measured block of README.md, from real runs.
+"""Regenerate every figure of scripts/gallery/pictures/README.md, and every measured block of README.md, from real runs.
 
-python -m scripts.gallery                           all of it: minutes on 2 cores
+    python -m scripts.gallery                           all of it: minutes on 2 cores
     python -m scripts.gallery --only lr drift modes     some of it
 
 Runs are kept in OUT, in studies named gallery-...: a second call trains only what is not finished. After a change to
@@ -9,19 +9,21 @@ the code, remove them: rm -r runs/gallery-*.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from loop.config import InputError
+from loop.files import write_whole
 from scripts import sweep
+from scripts.command import command
 from scripts.runs import Run, read_runs
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -117,30 +119,31 @@ FIGURES = {
     "blow_up": ["lr-mean", "lr-sum"],
     "optimizers": [study for study in STUDIES if study.startswith("opt-")],
     "fp16": [],
-}  # a function of scripts/figures.py: its studies
+}  # a function of scripts/gallery/figures: its studies
 BLOCKS = {
     "train": ["train"],
     "modes": ["modes-mean", "modes-sum", "modes-scratch"],
     "exactness": ["exact-mean", "exact-sum", "exact-scratch"],
-}  # a function of scripts/blocks.py: its studies
+}  # a function of scripts/gallery/blocks.py: its studies
 NEEDS: Mapping[str, Sequence[str]] = {**FIGURES, **BLOCKS}
 
 
-def main(args: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
+
+    out: Path = Path("runs")
+    """Where runs are kept."""
+    only: tuple[str, ...] = ()
+    """Make only these figures and blocks. Default: all."""
+
+
+@command
+def main(flags: Flags) -> int:
     """Train what is missing, then draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"make only these of: {', '.join(NEEDS)}")
-    flags = parser.parse_args(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the launch, too
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}  # the same run wherever it is made
-    try:
-        return make(flags.only or list(NEEDS), flags.out, whole=flags.only is None)
-    except InputError as error:
-        print(f"scripts.gallery: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}  # the same run on every machine
+    return make(flags.only or list(NEEDS), flags.out, whole=not flags.only)
 
 
 def make(names: Sequence[str], out: Path, whole: bool) -> int:
@@ -158,7 +161,7 @@ def make(names: Sequence[str], out: Path, whole: bool) -> int:
         return exit_code
     runs = {study: read_runs(run.folder for run in members) for study, members in planned.items()}
 
-    from scripts import blocks, probes  # torch: not before the runs are there
+    from scripts.gallery import blocks, probes  # torch: not before the runs are there
 
     wrong = []
     for name in tqdm(names, unit="figure", dynamic_ncols=True):
@@ -167,11 +170,11 @@ def make(names: Sequence[str], out: Path, whole: bool) -> int:
         except probes.DoesNotHoldError as error:
             wrong.append(f"{name}: does not hold: {error}")
             continue
-        write(page_of(name), replaced(page_of(name), name, text))
+        write_whole(page_of(name), replaced(page_of(name), name, text).encode())
     if fresh and not wrong:
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         took = f"{len(everything)} runs and {len(FIGURES)} figures in {minutes} min {seconds} s on {blocks.versions()}."
-        write(PAGE, replaced(PAGE, WHOLE, took))
+        write_whole(PAGE, replaced(PAGE, WHOLE, took).encode())
     for line in wrong:
         print(f"scripts.gallery: error: {line}", file=sys.stderr)
     return 1 if wrong else 0
@@ -185,12 +188,12 @@ def planned_runs(study: str, out: Path) -> list[sweep.Planned]:
 
 def exhibit(name: str, runs: Mapping[str, Sequence[Run]]) -> str:
     """Draw a figure and return its block of the page: picture, finding, caption."""
-    from scripts import blocks, figures
+    from scripts.gallery import blocks, drawing, figures
 
-    draw: Callable[..., figures.Finding] = getattr(figures, name)
-    figure, (title, one, several) = figures.paint(draw, runs)
+    draw: Callable[..., drawing.Finding] = getattr(figures, name)
+    figure, (title, one, several) = drawing.paint(draw, runs)
     path = PICTURES / f"gallery-{list(FIGURES).index(name) + 1:02}-{name.replace('_', '-')}.png"
-    figures.save(figure, path)
+    drawing.save(figure, path)
     count = sum(len(runs[study]) for study in FIGURES[name])
     n = f"n = 1 run a point, {count} runs" if count else "n = 1"
     commands = "\n".join(STUDIES[study].command(study) for study in FIGURES[name])
@@ -217,13 +220,6 @@ def replaced(page: Path, name: str, text: str) -> str:
     if not (begins and ends) or "<!-- gallery:" in old:
         raise InputError(f"{page}: {begin} ... {end} is not there, or not closed: put it where the block belongs")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
-
-
-def write(page: Path, text: str) -> None:
-    """Write a page, whole or not at all."""
-    scratch = page.with_name(f".{page.name}")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(page)
 
 
 if __name__ == "__main__":

@@ -6,35 +6,39 @@
     python -m scripts.bench --cost wandb --pairs 32              what W&B offline costs an epoch
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m scripts.bench --cost global --net mlp      the same on two ranks
 
-Each number of ranks is a launch of its own, with one thread a rank where there are several. scripts/bench_loops.py has
+Each number of ranks is a launch of its own, with one thread a rank where there are several. scripts/bench/loops.py has
 the loops. Ratios are ratios of medians, over epochs taken in turns; an interval is of the mean log ratio of pairs.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from loop.config import InputError
 from loop.run.fetch import TRAINING_EXAMPLES
-from loop.run.launch import launched_rank
+from loop.run.launch import launched_rank, launched_world_size
+from scripts.command import command
+from scripts.machine import processor, versions
 
-NETS = ("softmax", "mlp", "lenet")
-PARTS = ("loops", "memory", "startup", "costs")
-COSTS = {  # flags of train.py with what may cost, and without; on what net and how many ranks the full run measures it
+Net = Literal["softmax", "mlp", "lenet"]
+Part = Literal["loops", "memory", "startup", "costs"]
+Cost = Literal["audit", "checkpoint", "wandb", "global"]
+COSTS: dict[
+    Cost, tuple[list[str], list[str], Net, int]
+] = {  # flags of train.py with what may cost, and without; on what net and how many ranks the full run measures it
     "audit": (["--audit-every", "1"], ["--audit-every", "0"], "softmax", 2),
     "checkpoint": ([], [], "mlp", 1),  # the one at an epoch's end, beside the epoch, in the same run
     "wandb": (["--wandb", "offline"], ["--wandb", "disabled"], "softmax", 1),
@@ -47,77 +51,98 @@ BENCH = [sys.executable, "-m", "scripts.bench"]
 Figures = dict[str, Any]
 
 
-def command_line(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
-    parser.add_argument("--world-sizes", nargs="+", type=int, default=[1, 2], help="numbers of ranks")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="of a rank; default: one process as many as torch would, others 1")
-    parser.add_argument("--rounds", type=int, default=12, help="epochs of each loop in memory (lenet: half)")
-    parser.add_argument(
-        "--slow-rounds", type=int, default=3, help="epochs of each loop over a DataLoader (others than softmax: one)"
-    )
-    parser.add_argument("--workers", nargs="*", type=int, default=[0, 2, 4], help="of the book's DataLoader")
-    parser.add_argument("--examples", type=int, help="of an epoch; default: all")
-    parser.add_argument("--tries", type=int, default=3, help="launches of each kind, to time start-up")
-    parser.add_argument("--json", type=Path, help="write the figures, with all single times, to this file")
-    parser.add_argument("--cost", choices=COSTS, help="only train pairs of runs with and without this, on these ranks")
-    parser.add_argument(
-        "--pairs", type=int, help="of runs, for a cost; default: 32 with --cost and for `global`, otherwise 6"
-    )
-    parser.add_argument("--net", choices=NETS, default="softmax", help="of --cost")
-    parser.add_argument("--time", choices=NETS, help=argparse.SUPPRESS)  # measure on these ranks: the loops of a net,
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # or the memory of a loop
-    flags = parser.parse_args(args)
-    flags.costs, flags.left_out = list(COSTS), []
-    least = {"rounds": 1, "slow_rounds": 1, "tries": 1, "threads": 1, "examples": 256, "pairs": 5}
-    for name, smallest in least.items():
-        if getattr(flags, name) is not None and getattr(flags, name) < smallest:
-            parser.error(f"--{name.replace('_', '-')} must be at least {smallest}")
-    if min(flags.workers, default=0) < 0:
-        parser.error("--workers must be at least 0")
-    if min(flags.world_sizes) < 1 or any(256 % world_size for world_size in flags.world_sizes):
-        parser.error("--world-sizes must divide the batch of 256: all loops take the same")
-    if flags.examples and flags.examples > TRAINING_EXAMPLES:
-        parser.error(f"--examples {flags.examples}: there are {TRAINING_EXAMPLES}")
-    if flags.json and (flags.json.is_dir() or not flags.json.absolute().parent.is_dir()):
-        parser.error(f"--json {flags.json}: not a file in a folder that there is")
-    if flags.device == "cuda":
-        import torch
+@dataclass(frozen=True)
+class Flags:
+    """The flags."""
 
-        from loop.run.launch import launched_world_size
+    parts: tuple[Part, ...] = get_args(Part)
+    """What to measure."""
+    nets: tuple[Net, ...] = get_args(Net)
+    """On which nets."""
+    world_sizes: tuple[int, ...] = (1, 2)
+    """Numbers of ranks."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What the ranks train on."""
+    threads: int | None = None
+    """Threads of a rank. Default: one process has as many as torch takes, several have 1 each."""
+    rounds: int = 12
+    """Epochs of each loop in memory (lenet: half)."""
+    slow_rounds: int = 3
+    """Epochs of each loop over a DataLoader (others than softmax: one)."""
+    workers: tuple[int, ...] = (0, 2, 4)
+    """Workers of the book's DataLoader."""
+    examples: int | None = None
+    """Examples of an epoch. Default: all."""
+    tries: int = 3
+    """Launches of each kind, to time start-up."""
+    json: Path | None = None
+    """Write the figures, with all single times, to this file."""
+    cost: Cost | None = None
+    """Only train pairs of runs with and without this, on these ranks."""
+    pairs: int | None = None
+    """Pairs of runs, for a cost. Default: 32 with --cost and for `global`, otherwise 6 or 12."""
+    net: Net = "softmax"
+    """The net of --cost."""
+    time: Net | None = None
+    """Given by this program to the ranks it starts: time the loops of a net."""
+    memory: str | None = None
+    """Likewise: measure the memory of a loop."""
 
-        gpus = torch.cuda.device_count()
-        measuring = flags.cost or flags.time or flags.memory  # on these ranks
-        ranks = launched_world_size() if measuring else min(ranks for ranks, _ in needs(flags))
-        if gpus < ranks:
-            parser.error(f"--device cuda with {ranks} rank(s): {gpus} GPU(s) here")
-        flags.left_out = [f"{what} on {ranks} ranks" for ranks, what in needs(flags) if ranks > gpus]
-        flags.world_sizes = [ranks for ranks in flags.world_sizes if ranks <= gpus]
-        flags.costs = [name for name in COSTS if COSTS[name][-1] <= gpus]
-    return flags
+    def check(self) -> None:
+        """Raise InputError for a value that makes no sense."""
+        least = {"rounds": 1, "slow_rounds": 1, "tries": 1, "threads": 1, "examples": 256, "pairs": 5}
+        for name, smallest in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}")
+        if min(self.workers, default=0) < 0:
+            raise InputError("--workers must be at least 0")
+        if min(self.world_sizes) < 1 or any(256 % world_size for world_size in self.world_sizes):
+            raise InputError("--world-sizes must divide the batch of 256: all loops take the same")
+        if self.examples and self.examples > TRAINING_EXAMPLES:
+            raise InputError(f"--examples {self.examples}: there are {TRAINING_EXAMPLES}")
+        if self.json and (self.json.is_dir() or not self.json.absolute().parent.is_dir()):
+            raise InputError(f"--json {self.json}: not a file in a folder that there is")
+
+    def needs(self) -> list[tuple[int, str]]:
+        """Return how many ranks each thing to be measured takes."""
+        parts = ", ".join(part for part in self.parts if part != "costs")
+        costs = [(COSTS[name][-1], f"the cost of {name}") for name in COSTS if "costs" in self.parts]
+        return [(ranks, parts) for ranks in self.world_sizes if parts] + costs
+
+    def left_out(self) -> list[str]:
+        """Return what is not measured, as there are too few GPUs. Raises InputError where nothing would be."""
+        if self.device == "cpu":
+            return []
+        measuring = self.cost or self.time or self.memory  # on these ranks
+        ranks = launched_world_size() if measuring else min(ranks for ranks, _ in self.needs())
+        if not self.fits(ranks):
+            raise InputError(f"--device cuda with {ranks} rank(s): {count_gpus()} GPU(s) here")
+        return [f"{what} on {ranks} ranks" for ranks, what in self.needs() if not self.fits(ranks)]
+
+    def fits(self, world_size: int) -> bool:
+        """Whether there are GPUs for so many ranks, where they are asked for."""
+        return self.device == "cpu" or world_size <= count_gpus()
 
 
-def needs(flags: argparse.Namespace) -> list[tuple[int, str]]:
-    """Return how many ranks each thing to be measured takes."""
-    parts = ", ".join(part for part in flags.parts if part != "costs")
-    costs = [(COSTS[name][-1], f"the cost of {name}") for name in COSTS if "costs" in flags.parts]
-    return [(ranks, parts) for ranks in flags.world_sizes if parts] + costs
+def count_gpus() -> int:
+    """Return how many GPUs this machine has."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
-def main() -> None:
+@command
+def main(flags: Flags) -> None:
     """Measure part after part, in processes of their own; print tables, write JSON."""
-    if "--first-step" in sys.argv:
-        first_step()
-    args = command_line()
+    args = flags
+    args.check()
+    left_out = args.left_out()
     if args.cost or args.time or args.memory:
         measured = cost(args) if args.cost else time_loops(args) if args.time else memory(args)
         if args.json and os.environ.get("RANK", "0") == "0":
             args.json.write_text(json.dumps(measured))
         return
-    figures: Figures = environment(args.device) | {"left_out": args.left_out}
+    figures: Figures = environment(args.device) | {"left_out": left_out}
 
     def keep() -> None:
         figures["load_after"] = os.getloadavg()[0]
@@ -125,18 +150,20 @@ def main() -> None:
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
     print("{device}, {cores} cores, load {load}, {versions}".format_map(figures), flush=True)
-    if args.left_out:
-        print(f"left out, as there are too few GPUs: {'; '.join(args.left_out)}", flush=True)
+    if left_out:
+        print(f"left out, as there are too few GPUs: {'; '.join(left_out)}", flush=True)
     if "loops" in args.parts:
         figures["loops"] = []
-        for world_size in args.world_sizes:
+        for world_size in filter(args.fits, args.world_sizes):
             for net in args.nets:
                 figures["loops"].append(in_ranks(world_size, args, "--time", net))
                 print(loops_in_words(figures["loops"][-1]), flush=True)
                 keep()
     if "memory" in args.parts:
         figures["memory"] = [
-            in_ranks(world_size, args, "--memory", loop) for world_size in args.world_sizes for loop in ("bare", "ours")
+            in_ranks(world_size, args, "--memory", loop)
+            for world_size in filter(args.fits, args.world_sizes)
+            for loop in ("bare", "ours")
         ]
         print("\nresident memory of each rank, softmax")
         for figure in figures["memory"]:
@@ -153,36 +180,29 @@ def main() -> None:
     if "costs" in args.parts:
         print("\nratio of epoch times with and without, 95 % interval", flush=True)
         figures["costs"] = []
-        for name in args.costs:
-            *_, net, world_size = COSTS[name]
-            flags = ("--cost", name, "--net", net, "--pairs", str(args.pairs or PAIRS.get(name, 6)))
-            figures["costs"].append(in_ranks(world_size, args, *flags))
+        for name, (*_, net, world_size) in COSTS.items():
+            if not args.fits(world_size):
+                continue
+            told = ("--cost", name, "--net", net, "--pairs", str(args.pairs or PAIRS.get(name, 6)))
+            figures["costs"].append(in_ranks(world_size, args, *told))
             keep()
     keep()
 
 
 def environment(device: str) -> Figures:
     """Return what the figures depend on."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    name = platform.machine()
+    name = processor()
     if device == "cuda":
         import torch
 
         name = torch.cuda.get_device_name()
-    else:
-        with contextlib.suppress(OSError):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
     return {
-        "versions": versions, "device": name, "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "versions": versions(PACKAGES), "device": name, "cores": os.cpu_count(), "load": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv[1:],
     }  # fmt: skip
 
 
-def in_ranks(world_size: int, args: argparse.Namespace, *flags: str) -> Figures:
+def in_ranks(world_size: int, args: Flags, *flags: str) -> Figures:
     """Run this program on so many ranks to measure one thing; return its figures."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command = [sys.executable, *(launcher if world_size > 1 else []), *BENCH[1:], *flags]
@@ -198,14 +218,14 @@ def in_ranks(world_size: int, args: argparse.Namespace, *flags: str) -> Figures:
     return figures
 
 
-def join(args: argparse.Namespace, net: Any) -> Any:
+def join(args: Flags, net: Any) -> Any:
     """Join the ranks that were started; return the loops' Setting."""
     from accelerate import Accelerator
 
     from loop.config import Config
     from loop.run.fetch import provide
     from loop.run.launch import keep_freed_memory
-    from scripts.bench_loops import Setting
+    from scripts.bench.loops import Setting
 
     keep_freed_memory()  # for all loops alike
     accelerator = Accelerator(cpu=args.device == "cpu")
@@ -214,11 +234,11 @@ def join(args: argparse.Namespace, net: Any) -> Any:
     return Setting(accelerator, config)
 
 
-def time_loops(args: argparse.Namespace) -> Figures:
+def time_loops(args: Flags) -> Figures:
     """Time the loops of a net; then profile an epoch of ours, and split its steps."""
     import torch
 
-    from scripts.bench_loops import IN_MEMORY, loops_of, split_epoch, take_turns
+    from scripts.bench.loops import IN_MEMORY, loops_of, split_epoch, take_turns
 
     setting = join(args, args.time)
     loops = loops_of(setting, args.workers)
@@ -235,20 +255,20 @@ def time_loops(args: argparse.Namespace) -> Figures:
     }  # fmt: skip
 
 
-def memory(args: argparse.Namespace) -> Figures:
+def memory(args: Flags) -> Figures:
     """Train two epochs of a loop; return each rank's resident memory before and after, or its GPU's peak."""
     import psutil
     import torch
     from accelerate.utils import gather_object
 
-    from scripts.bench_loops import loops_of
+    from scripts.bench.loops import loops_of
 
     def resident() -> list[int]:
         return gather_object([psutil.Process().memory_info().rss // 2**20])  # type: ignore[no-any-return]
 
     setting = join(args, "softmax")
     figures = {"loop": args.memory, "world_size": setting.world_size, "mb_before": resident()}
-    epoch = loops_of(setting, [])[args.memory]()
+    epoch = loops_of(setting, [])[str(args.memory)]()
     epoch()
     epoch()
     if args.device == "cuda":
@@ -256,13 +276,13 @@ def memory(args: argparse.Namespace) -> Figures:
     return figures | {"mb": resident()}
 
 
-def startup(args: argparse.Namespace) -> dict[str, list[float]]:
+def startup(args: Flags) -> dict[str, list[float]]:
     """Return how many seconds each command takes to its first step, or its import to its end, in turns."""
     bench = ["-m", "scripts.bench", "--first-step"]
     said = "; import os, time; os.write(1, f'done {time.time()}'.encode()); os._exit(0)"  # an exit takes a second, too
     commands = {f'python -c "{statement}"': [sys.executable, "-c", statement + said] for statement in IMPORTS}
     commands["python train.py"] = [sys.executable, *bench]
-    for world_size in args.world_sizes:
+    for world_size in filter(args.fits, args.world_sizes):
         launch = f"accelerate launch --multi_gpu --num_processes {world_size}"
         if world_size > 1:
             commands[f"{launch} train.py"] = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()[2:],
@@ -270,12 +290,12 @@ def startup(args: argparse.Namespace) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     for _ in range(args.tries):
-        for name, command in commands.items():
+        for name, words in commands.items():
             with tempfile.TemporaryDirectory() as out:
                 started = time.time()
                 flags = ["--out", out, *(["--cpu"] if args.device == "cpu" else [])]
-                flags = flags if "--first-step" in command else []
-                done = subprocess.run([*command, *flags], env=environ, capture_output=True, text=True, check=True)
+                flags = flags if "--first-step" in words else []
+                done = subprocess.run([*words, *flags], env=environ, capture_output=True, text=True, check=True)
             times = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("done")]
             seconds[name].append(max(times) - started)
     return seconds
@@ -302,13 +322,14 @@ def first_step() -> None:
     train.main()
 
 
-def cost(args: argparse.Namespace) -> Figures:
+def cost(args: Flags) -> Figures:
     """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
     from loop.config import Config
     from loop.run.fetch import provide
-    from loop.run.launch import launched_local_rank, launched_world_size
+    from loop.run.launch import launched_local_rank
 
     provide(Config(), fetching=launched_local_rank() == 0)
+    assert args.cost
     with_it, without, *_ = COSTS[args.cost]
     pairs = args.pairs or 32
     seconds: list[list[float]] = [[], []]
@@ -333,7 +354,7 @@ def cost(args: argparse.Namespace) -> Figures:
             "interval": [low, high], "seconds": seconds}  # fmt: skip
 
 
-def train_once(args: argparse.Namespace, flags: Sequence[str]) -> tuple[float, float]:
+def train_once(args: Flags, flags: Sequence[str]) -> tuple[float, float]:
     """Train for three epochs; return the median seconds of an epoch, and of a checkpoint at an epoch's end."""
     import train
     from loop.config import parse
@@ -384,4 +405,6 @@ def spread(times: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    if "--first-step" in sys.argv:
+        first_step()
+    sys.exit(main())

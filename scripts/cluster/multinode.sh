@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One training over several machines. Run this on each of them, with the same flags of train.py:
 #
-#   NNODES=2 NODE_RANK=R MASTER_ADDR=HOST bash scripts/multinode.sh [flags]     R = 0 on HOST, 1 on the other machine
-#   NNODES=2 RDZV_ENDPOINT=HOST:29500 RDZV_ID=NAME bash scripts/multinode.sh [flags]
+#   NNODES=2 NODE_RANK=R MASTER_ADDR=HOST bash scripts/cluster/multinode.sh [flags]     R = 0 on HOST, 1 on the other machine
+#   NNODES=2 RDZV_ENDPOINT=HOST:29500 RDZV_ID=NAME bash scripts/cluster/multinode.sh [flags]
 #                                      c10d: the nodes number themselves; HOST is one of them, NAME new for every job
 #
 # Further variables, all optional:
@@ -17,7 +17,7 @@
 # Installs what is missing, checks the flags and fetches the data on each node. --out must be a folder that all nodes
 # share; --data-dir may be one, or each node's own.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/scripts/setup.sh"
 
 number() { # NAME: its value must be a number
@@ -56,7 +56,7 @@ share_cores
 
 way=("$endpoint" ${IFNAME:+--ifname "$IFNAME"})
 [ "${NODE_RANK:-}" = 0 ] || way+=(--wait "$JOIN_S") # node 0 is who the others wait for
-read -r address interface part <<<"$(cd "$root" && "$PYTHON" -m scripts.interface "${way[@]}")"
+read -r address interface part <<<"$(cd "$root" && "$PYTHON" -m scripts.cluster.interface "${way[@]}")"
 [ -n "$interface" ] || exit 2
 export GLOO_SOCKET_IFNAME=${IFNAME:-${GLOO_SOCKET_IFNAME:-$interface}}
 [ -z "${IFNAME:-}" ] || export NCCL_SOCKET_IFNAME="=$IFNAME" # else NCCL's own choice, which prefers InfiniBand

@@ -1,0 +1,105 @@
+"""Claims 1 and 2: the gradient is zeroed, and a vector of losses becomes a scalar."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from loop.book import BookUpdater
+from loop.config import Config
+from loop.data import EvalBatches
+from loop.reduction import Normalize, Reduction
+from scripts.gallery.drawing import Finding, curve, legend, panels
+from scripts.gallery.probes import (
+    BATCH,
+    TAIL,
+    NeverZeroed,
+    Runs,
+    applied_weights,
+    book_losses,
+    both_zeroings,
+    data,
+    first_examples,
+    fresh,
+    on_ranks,
+    require,
+)
+
+
+def zeroing(figure: Figure, runs: Runs) -> Finding:
+    """Zeroed, never zeroed; and zeroed too often where gradients are meant to accumulate."""
+    train, _ = data()
+    one, several = panels(
+        figure, right="2 ranks, 4 micro-batches a step", xlabel="step", ylabel="train loss (nats an example)"
+    )
+    batches = EvalBatches(train, batch_size=BATCH)
+    zeroed, never = (book_losses(kind, batches) for kind in (BookUpdater, NeverZeroed))
+    after, before = on_ranks(2, both_zeroings, 4)
+    tail = 50  # steps over which the end of the epoch is averaged
+    ends = [sum(losses[-tail:]) / tail for losses in (zeroed, never, after, before)]
+    for index, (label, losses) in enumerate({"zeroed every step": zeroed, "never zeroed": never}.items()):
+        curve(one, index, range(1, len(losses) + 1), losses, label, marked=False)
+    for index, (label, losses) in enumerate({"zeroed after the step": after, "before each backward": before}.items()):
+        curve(several, index, range(1, len(losses) + 1), losses, label, marked=False)
+    one.set_yscale("log")
+    one.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    one.minorticks_off()
+    for axes in (one, several):
+        legend(axes)
+    require(ends[1] > 2 * ends[0] and ends[3] > 1.05 * ends[2], f"last losses of {ends}")
+    return Finding(
+        f"Without zeroing, an epoch ends at loss {ends[1]:.2g} instead of {ends[0]:.2g}; "
+        f"zeroing at every micro-batch costs too: {ends[3]:.2f} instead of {ends[2]:.2f}",
+        f"With the gradient zeroed every step, the last {tail} steps of an epoch of softmax regression lose "
+        f"{ends[0]:.3f} on average; with the line forgotten every step applies the sum of all gradients so far, and "
+        f"they lose {ends[1]:.3g}.",
+        "Zeroing where the book does, before every backward, is no good once gradients are "
+        "*meant* to accumulate: under Accelerate's `accumulate()` it throws away all micro-batches but the last, "
+        f"which is still divided by K = 4. On 2 ranks that ends at {ends[3]:.3f} instead of {ends[2]:.3f}, and says "
+        "nothing.",
+    )
+
+
+def scalar(figure: Figure, runs: Runs) -> Finding:
+    """What an example weighs once the vector of losses has become a scalar: by autograd, on the last batch."""
+    X, y = first_examples(TAIL)
+    losses = F.cross_entropy(fresh("softmax")(X), y, reduction="none")
+    try:
+        losses.backward()
+        refusal = "nothing"
+    except RuntimeError as error:
+        refusal = str(error)
+    require("scalar" in refusal, f"a vector's backward raised {refusal}")
+    one, several = panels(
+        figure, right="4 ranks, --tail ragged", xlabel=f"example of the last batch (n = {TAIL})", yscale="log",
+        ylabel="its weight in the step", ylim=(2e-3, 3),
+    )  # fmt: skip
+    sizes = Config(tail="ragged").shards(BATCH + TAIL, 4).steps[-1].sizes
+    weights = {}
+    for index, (reduction, normalize) in enumerate(
+        (reduction, normalize) for reduction in get_args(Reduction) for normalize in get_args(Normalize)
+    ):
+        alone = applied_weights(reduction, normalize, losses, [TAIL])
+        weights[reduction, normalize] = dealt = applied_weights(reduction, normalize, losses, sizes)
+        if normalize == "global":
+            curve(one, index, range(1, TAIL + 1), alone.tolist(), reduction, marked=False)
+        curve(several, index, range(1, TAIL + 1), dealt.tolist(), f"{reduction}, {normalize}", marked=False)
+        exact = 1.0 if reduction == "sum" else 1 / TAIL
+        off = max(float((alone - exact).abs().max()), float((dealt - exact).abs().max()) * (normalize == "global"))
+        require(off < 1e-6, f"{reduction}, {normalize}: weights off by {off}")
+    legend(one, loc="center right")
+    legend(several, loc="center", bbox_to_anchor=(0.5, 0.44))
+    light, heavy, shared = (float(w) for w in (
+        weights["mean", "rank"].min() * TAIL, weights["mean", "rank"].max() * TAIL, weights["sum", "rank"].max(),
+    ))  # fmt: skip
+    return Finding(
+        f"To make a scalar is to choose weights: 1/{TAIL} or 1 an example; a plain loop on 4 ranks "
+        f"turns them into {light:.3g}/n or {heavy:.3g}/n, and {shared:.2g}",
+        f'Back-propagating the vector is refused ("{refusal}"). Its mean gives each of the last batch\'s {TAIL} '
+        f"examples a weight of 1/{TAIL}, its sum a weight of 1: autograd's own derivatives.",
+        f"{len(sizes)} ranks that hold {', '.join(map(str, sizes))} examples: a mean by rank gives {light:.3g}/n to "
+        f"the examples of the full ranks and {heavy:.3g}/n to the others, a sum by rank {shared:.3g} to each. "
+        "`global` leaves both scalars as they were.",
+    )
