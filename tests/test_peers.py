@@ -174,6 +174,7 @@ def test_failures_have_their_own_words(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["--examples", "10", "--world-size", "2", "--only", "b", "c"]) == 0
 
 
+@pytest.mark.slow  # 10 s
 def test_the_table_and_the_file_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "peers.json"
     flags = [

@@ -208,7 +208,7 @@ def test_a_cost_is_a_ratio_with_its_interval() -> None:
     assert ratio / low == pytest.approx(high / ratio) == pytest.approx(1.1354, rel=1e-3), "t = 2.0395 at 31"
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "audit"])
+@pytest.mark.parametrize("name", ["checkpoint", pytest.param("audit", marks=pytest.mark.slow)])  # 10 s
 def test_a_cost_comes_from_pairs_of_runs(capsys: pytest.CaptureFixture[str], name: str) -> None:
     figures = bench.cost(flags_of("--cost", name, "--pairs", "5", "--examples", "600"))
     assert [len(side) for side in figures["seconds"]] == [5, 5]

@@ -29,7 +29,7 @@ def in_shell(command: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "output",
-    ["2>&1 | head -1", "> /dev/full", *(pytest.param(o, marks=pytest.mark.slow) for o in ("| head -7", ">&-"))],
+    ["2>&1 | head -1", *(pytest.param(o, marks=pytest.mark.slow) for o in ("> /dev/full", "| head -7", ">&-"))],  # 7 s
 )
 def test_a_closed_or_full_stdout_never_harms_a_training(tmp_path: Path, output: str) -> None:
     done = in_shell(f"{PYTHON} train.py {TINY} --out {tmp_path} {output}")
@@ -37,6 +37,7 @@ def test_a_closed_or_full_stdout_never_harms_a_training(tmp_path: Path, output: 
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow  # 7 s
 def test_a_stdout_that_cannot_encode_a_name_never_harms_a_training(tmp_path: Path) -> None:
     done = in_shell(f"{PYTHON} train.py {TINY} --out '{tmp_path}/größe'", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert (done.returncode, done.stderr) == (0, "")

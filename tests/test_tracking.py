@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from loop.run.wandb_tracker import count_rows
-from tests.launches import LAUNCHES, kill, launch, rank_pids, rows_of, start
+from tests.launches import LAUNCHES, forked_ranks, kill, launch, rank_pids, rows_of, start
 from tests.wandb_reader import read_run
 from tests.wandb_stub import KEY, WandbStub
 
@@ -49,7 +49,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of two ranks, tracked offline: its folder and what it said."""
     out = tmp_path_factory.mktemp("offline")
     flags = ["--group", "study", "--tags", "a", "b", "--notes", "a remark", "--wandb", "offline", "--tail", "ragged"]
-    done = launch(TWO, out, *SHORT, *flags)
+    done = launch(forked_ranks(2), out, *SHORT, *flags)
     assert done.returncode == 0, done.stderr
     return only_run(out), done.stdout
 
@@ -97,7 +97,7 @@ def test_an_offline_run_holds_config_summary_table_model_and_exit_code(offline: 
 
 def test_a_run_says_its_mode_its_reason_and_how_to_sync(offline: tuple[Path, str]) -> None:
     run, said = offline
-    assert said.splitlines()[1] == "W&B: offline (--wandb offline)"
+    assert said.splitlines()[0] == "W&B: offline (--wandb offline)"
     assert said.splitlines()[-1] == f"W&B: to send this run: wandb sync {wandb_folder(run)}"
 
 
@@ -153,7 +153,7 @@ def keyed(url: str) -> dict[str, str]:
 
 
 def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_path: Path) -> None:
-    done = launch(TWO, tmp_path, *SHORT, "--group", "study", **keyed(stub.url))
+    done = launch(forked_ranks(2), tmp_path, *SHORT, "--group", "study", **keyed(stub.url))
     assert done.returncode == 0, done.stderr
     assert "W&B: online (logged in)" in done.stdout
     run = only_run(tmp_path)

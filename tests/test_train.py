@@ -54,7 +54,7 @@ def test_a_run_leaves_its_folder_complete(runs: dict[str, tuple[Path, str]]) -> 
         assert {path.name for path in run.iterdir()} == {
             "config.json", "metrics.jsonl", "summary.json", "curves.png", "model.safetensors", "checkpoints", ".lock",
         }  # fmt: skip
-    run, _ = runs["torchrun, 3 ranks"]
+    run, _ = runs["3 ranks"]
     assert run.name == "mean-global-ragged-w3-b128"
     config = json.loads((run / "config.json").read_text())
     assert (config["world_size"], config["cells"], config["steps_per_epoch"], config["lr"]) == (3, 3, 8, 0.1)
