@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 from loop.config import Config, InputError, parse
-from loop.run.fetch import provide
+from loop.run.fetch import ensure_dataset
 from loop.run.launch import count_gpus, launched_local_rank, launched_world_size
 from loop.run.resume import is_finished, keep_what_is_not_told
 from loop.run.run import Run
@@ -36,9 +36,9 @@ def main() -> None:
     try:
         config = keep_what_is_not_told(config, sys.argv[1:], launched_world_size())
         config.validate()
-        examples = config.training_size(provide(config, fetching=reports_errors))
-        shards = config.shards(examples, launched_world_size())
-        if is_finished(config, examples, shards.world_size, quiet=not reports_errors):
+        size = ensure_dataset(config, fetching=reports_errors)
+        shards = config.shards(size.examples, launched_world_size())
+        if is_finished(config, size, shards.world_size, quiet=not reports_errors):
             if reports_errors:
                 print(f"train.py: {config.folder(shards.world_size)} is finished")
             sys.exit()
@@ -88,10 +88,10 @@ def fit(config: Config, run: Run) -> None:
     from loop.updater import Audited, make_updater
 
     train_set, test_set = load(config, run.device)
-    run.open(len(train_set.labels))
+    run.open(train_set.size, train_set.remarks)
 
     torch.manual_seed(config.seed)
-    net = run.prepare(make_net(config.net))
+    net = run.prepare(make_net(config.net, train_set.size.classes))
     loss = nn.CrossEntropyLoss(reduction="none")
     updater: Any = make_updater(run.accelerator, net, config, run.progress)
     if config.audit_every:

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor
 
 from loop.config import FASHION_MNIST, Config
-from loop.idx import IMAGE_SIZE, raw_folder, read_idx_split
+from loop.idx import IMAGE_SIZE, Size, classes_of, read_fashion_mnist, read_set
 from loop.progress import Progress
 from loop.shards import Cell, Shards
 
 
 class Split(NamedTuple):
-    """One half of a set. images: uint8, (N, 28, 28), 0 to 255. labels: int64, (N,). dtype: of batches made of it."""
+    """One half of a set. images: uint8, (N, 28, 28), 0 to 255. labels: int64, (N,). dtype: of batches made of it.
+
+    size: of what a run trains on, both halves considered. remarks: what the user should know about the set.
+    """
 
     images: Tensor
     labels: Tensor
     dtype: torch.dtype = torch.float32
+    size: Size = Size(0)
+    remarks: tuple[str, ...] = ()
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Split]:
@@ -30,21 +35,36 @@ def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Spl
 
     Raises InputError for a folder that holds no sound MNIST-like set, or too few examples.
     """
-    folder = raw_folder(config.data_dir) if config.dataset == FASHION_MNIST else Path(config.dataset)
-    train, test = (_idx_split(folder, prefix) for prefix in ("train", "t10k"))
-    n, dtype = config.training_size(len(train.labels)), getattr(torch, config.dtype)
+    fashion = config.dataset == FASHION_MNIST
+    halves = read_fashion_mnist(config.data_dir) if fashion else read_set(Path(config.dataset))
+    train, test = (
+        Split(
+            torch.frombuffer(bytearray(half.images), dtype=torch.uint8).view(half.examples, IMAGE_SIZE, IMAGE_SIZE),
+            torch.frombuffer(bytearray(half.labels), dtype=torch.uint8).long(),
+            getattr(torch, config.dtype),
+        )
+        for half in halves
+    )
+    n = config.training_size(halves[0].examples)
+    size, remarks = Size(n, classes_of(halves)), tuple(_remarks(train, test))
+    if not fashion:
+        remarks = (f"its files: {', '.join(halves[0].files + halves[1].files)}", *remarks)
     return (
-        Split(train.images[:n].to(device), train.labels[:n].to(device), dtype),
-        Split(test.images.to(device), test.labels.to(device), dtype),
+        Split(train.images[:n].to(device), train.labels[:n].to(device), train.dtype, size, remarks),
+        test._replace(images=test.images.to(device), labels=test.labels.to(device), size=size),
     )
 
 
-def _idx_split(folder: Path, prefix: str) -> Split:
-    count, images, labels = read_idx_split(folder, prefix)
-    return Split(
-        torch.frombuffer(bytearray(images), dtype=torch.uint8).view(count, IMAGE_SIZE, IMAGE_SIZE),
-        torch.frombuffer(bytearray(labels), dtype=torch.uint8).long(),
-    )
+def _remarks(train: Split, test: Split) -> Iterator[str]:
+    """Yield what makes a set that can be read hard to learn."""
+    low, high = int(train.images.min()), int(train.images.max())
+    if high < 128:
+        yield f"warning: the train images' pixels range from {low} to {high}; the nets are made for 0 to 255"
+    if train.labels.min() == train.labels.max():
+        yield f"warning: all train labels are {int(train.labels[0])}"
+    unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    if unknown:
+        yield f"warning: only the test set has the class(es) {', '.join(map(str, unknown))}"
 
 
 def as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from loop.config import Config, InputError, check_run_name, parse
-from loop.run.fetch import provide
+from loop.run.fetch import ensure_dataset
 from loop.run.folder import FAILED
 from loop.run.run import Run
 from scripts.command import command
@@ -83,7 +83,7 @@ def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
         words = [word for flag, values in choice.items() for word in (flag, *values)]
         config = replace(parse(words), run_name=None)
         config.validate()
-        config.shards(config.training_size(provide(config, fetching=True)), world_size)
+        config.shards(ensure_dataset(config, fetching=True).examples, world_size)
         more = [flag.lstrip("-") + "".join(choice[flag]) for flag in varied if flag not in IN_DEFAULT_NAME]
         name = "-".join([group, config.default_run_name(world_size), *more])
         check_run_name(name)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import train
 from loop.config import Config, InputError, parse
 from loop.effect import effective_lr
+from loop.idx import Size
 from loop.run import wandb_tracker
 from loop.run.resume import is_finished
 
@@ -63,7 +64,7 @@ REFUSED = [
         "--wandb-project 'my/proj': a project's name has at most 128 characters, and none of /",
     ),
     (f"--wandb-project {'x' * 129}", "a project's name has at most 128 characters"),
-    ("--dataset no/such/folder", "--dataset no/such/folder: no file train-images-idx3-ubyte"),
+    ("--dataset no/such/folder", "--dataset no/such/folder: cannot be read: No such file"),
 ]
 
 
@@ -179,7 +180,7 @@ def test_no_value_of_any_flag_ends_in_a_traceback(chosen: dict[str, str], world_
         config = parse([word for pair in chosen.items() for word in pair], quiet=True)
         config.validate()
         config.shards(config.training_size(60_000), world_size)
-        is_finished(config, 60_000, world_size, quiet=True)
+        is_finished(config, Size(60_000), world_size, quiet=True)
     except (SystemExit, InputError) as refusal:
         assert str(refusal)
 

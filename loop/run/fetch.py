@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from loop.config import FASHION_MNIST, Config, InputError
 from loop.files import write_whole
-from loop.idx import UNREADABLE, raw_folder, read_idx_split, read_plain_or_gz
+from loop.idx import UNREADABLE, Size, classes_of, raw_folder, read_plain_or_gz, read_set
 from loop.run.folder import acquire
 
 SHA256 = {  # of the uncompressed files
@@ -48,20 +48,19 @@ class UnavailableError(Exception):
     """Why one source of the data cannot be used."""
 
 
-def provide(config: Config, *, fetching: bool) -> int:
-    """Make sure that the files of --dataset are there and sound; return how many training examples they hold.
+def ensure_dataset(config: Config, *, fetching: bool) -> Size:
+    """Make sure that the files of --dataset are there and sound; return what they hold to train on.
 
     fetching: whether this is the one process of its machine that fetches; the others wait for it.
     """
     if config.dataset != FASHION_MNIST:
-        folder = Path(config.dataset)
-        counts = {prefix: read_idx_split(folder, prefix)[0] for prefix in ("train", "t10k")}
-        return counts["train"]
+        halves = read_set(Path(config.dataset))
+        return Size(config.training_size(halves[0].examples), classes_of(halves))
     if fetching:
         fetch_fashion_mnist(config.data_dir)
     else:
         wait_for_fashion_mnist(config.data_dir)
-    return TRAINING_EXAMPLES
+    return Size(config.training_size(TRAINING_EXAMPLES))
 
 
 def fetch_fashion_mnist(data_dir: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loop.config import FASHION_MNIST, Config, InputError, parse
+from loop.idx import Size
 from loop.run.folder import RunFolder, plain, run_id_of
 
 NAMES, STATE = "epoch-*-step-*", "state.json"
@@ -44,12 +45,12 @@ def keep_what_is_not_told(config: Config, args: list[str], world_size: int) -> C
     return replace(told, tf32=told.tf32 or written.get("tf32", False))  # it decides the weights, and cannot change
 
 
-def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any]:
+def mathematics(config: Config, size: Size, world_size: int) -> dict[str, Any]:
     """Return what decides a run's weights. Under `rank` the ranks and the micro-batches are part of it."""
     decisive = {
         field.name: getattr(config, field.name) for field in fields(config) if field.name not in MAY_CHANGE_ON_RESUME
     }
-    decisive |= {"lr": config.learning_rate, "train_examples": examples}
+    decisive |= {"lr": config.learning_rate, "train_examples": size.examples, "classes": size.classes}
     if config.dataset != FASHION_MNIST:
         decisive["dataset"] = Path(config.dataset).resolve()
     if config.normalize == "rank":
@@ -57,7 +58,7 @@ def mathematics(config: Config, examples: int, world_size: int) -> dict[str, Any
     return {key: plain(value) for key, value in decisive.items()}
 
 
-def is_finished(config: Config, examples: int, world_size: int, *, quiet: bool) -> bool:
+def is_finished(config: Config, size: Size, world_size: int, *, quiet: bool) -> bool:
     """Whether `--resume auto` has nothing left to train.
 
     quiet: name no checkpoint that is left out. Raises InputError as `prepare_resume` will.
@@ -65,19 +66,19 @@ def is_finished(config: Config, examples: int, world_size: int, *, quiet: bool) 
     if config.resume == "never":
         return False
     run = config.folder(world_size)
-    _choose(config, run, run_id_of(run), examples, world_size, quiet=quiet or config.resume == "auto")
+    _choose(config, run, run_id_of(run), size, world_size, quiet=quiet or config.resume == "auto")
     summary = run / "summary.json"
     return config.resume == "auto" and summary.is_file() and json.loads(summary.read_text())["epoch"] >= config.epochs
 
 
-def prepare_resume(config: Config, run: RunFolder, examples: int, world_size: int) -> Path | None:
+def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) -> Path | None:
     """Return the checkpoint that a run goes on from, None to start anew; metrics.jsonl is cut, or copied, to its rows.
 
     Raises InputError where `--resume` names no good checkpoint, or one that was trained by other rules.
     """
     if config.resume == "never":
         return None
-    checkpoint = _choose(config, run.path, run.run_id, examples, world_size)
+    checkpoint = _choose(config, run.path, run.run_id, size, world_size)
     rows = progress_of(checkpoint)["rows"] if checkpoint else 0
     if checkpoint and config.resume != "auto":
         with rows_beside(checkpoint).open("rb") as source:
@@ -87,12 +88,12 @@ def prepare_resume(config: Config, run: RunFolder, examples: int, world_size: in
 
 
 def _choose(
-    config: Config, run: Path, run_id: str | None, examples: int, world_size: int, *, quiet: bool = False
+    config: Config, run: Path, run_id: str | None, size: Size, world_size: int, *, quiet: bool = False
 ) -> Path | None:
     auto = config.resume == "auto"
     checkpoint = newest(run, run_id, quiet=quiet) if auto else given(config, quiet=quiet)
     if checkpoint:
-        refuse_unfit(checkpoint, config, examples, world_size)
+        refuse_unfit(checkpoint, config, size, world_size)
     return checkpoint
 
 
@@ -138,9 +139,9 @@ def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
     return None
 
 
-def refuse_unfit(checkpoint: Path, config: Config, examples: int, world_size: int) -> None:
+def refuse_unfit(checkpoint: Path, config: Config, size: Size, world_size: int) -> None:
     """Raise InputError where the checkpoint was trained by other rules, saying which, or for longer."""
-    before, now = state_of(checkpoint)["mathematics"], mathematics(config, examples, world_size)
+    before, now = state_of(checkpoint)["mathematics"], mathematics(config, size, world_size)
     differences = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     if differences:
         raise InputError(

@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loop.audit import Reading
+    from loop.idx import Size
 
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
@@ -58,7 +59,8 @@ class Run:
     """What keeps one training, between `with` and its end; another run may follow on the same ranks.
 
     device, rank, world_size, is_main: of this process. progress: where the run stands. exit_code: of the process.
-    After `open`: shards, the plan of an epoch; folder, its path; resume_from, the checkpoint to go on from, or None.
+    After `open`: size, of the set; shards, the plan of an epoch; folder, its path; resume_from, the checkpoint to go on
+    from, or None.
     stopping: whether the ranks have agreed to stop. failed: whether the training itself has, on all ranks.
     saved_in_epoch_s, saved_between_epochs_s: seconds that checkpoints took since the last epoch row, within an epoch's
     training and after it.
@@ -96,8 +98,10 @@ class Run:
         self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_from_thread)
         self.progress = Progress()
 
-    def open(self, examples: int) -> None:
-        """Plan epochs of so many examples; make or open the run's folder, start its trackers, print what will be done.
+    def open(self, size: Size, remarks: Sequence[str] = ()) -> None:
+        """Plan the epochs; make or open the run's folder, start its trackers, print what will be done.
+
+        size: of the set that is trained on. remarks: what else to print about it.
 
         Raises InputError where there is no such plan, or the folder cannot be made or opened.
         """
@@ -107,12 +111,13 @@ class Run:
         from loop.run.folder import open_run
         from loop.run.resume import prepare_resume
 
-        self.shards = self.config.shards(examples, self.world_size)
+        self.size = size
+        self.shards = self.config.shards(size.examples, self.world_size)
         begun: list[Any] = [None, None, None]
         if self.is_main:
             self.files = open_run(self.config, self.world_size)
             self.ends.callback(self.files.close)
-            checkpoint = prepare_resume(self.config, self.files, examples, self.world_size)
+            checkpoint = prepare_resume(self.config, self.files, size, self.world_size)
             begun = [self.files.path, self.files.run_id, checkpoint]
         self.watchdog.advance()
         self.folder, self.run_id, self.resume_from = broadcast_object_list(begun)
@@ -123,7 +128,7 @@ class Run:
             for tracker in self.trackers:
                 tracker.files = self.files
         self.accelerator.init_trackers("", described)
-        self.say(console.opening(self.config, self.shards, self.device.type, self.folder))
+        self.say("\n".join([console.opening(self.config, self.shards, self.device.type, self.folder), *remarks]))
 
     def _describe(self) -> dict[str, Any]:
         """Return what config.json holds: every flag, what follows from them, the machine. Every rank must call."""
@@ -135,6 +140,7 @@ class Run:
             **asdict(self.config),
             "lr": self.config.learning_rate,
             "train_examples": self.shards.examples,
+            "classes": self.size.classes,
             "world_size": self.world_size,
             "cells": self.shards.cells,
             "steps_per_epoch": len(self.shards.steps),

@@ -223,14 +223,14 @@ def join(args: Flags, net: Any) -> Any:
     from accelerate import Accelerator
 
     from loop.config import Config
-    from loop.run.fetch import provide
+    from loop.run.fetch import ensure_dataset
     from loop.run.launch import keep_freed_memory
     from scripts.bench.loops import Setting
 
     keep_freed_memory()  # for all loops alike
     accelerator = Accelerator(cpu=args.device == "cpu")
     config = Config(net=net, train_examples=args.examples)
-    provide(config, fetching=accelerator.is_local_main_process)
+    ensure_dataset(config, fetching=accelerator.is_local_main_process)
     return Setting(accelerator, config)
 
 
@@ -325,10 +325,10 @@ def first_step() -> None:
 def cost(args: Flags) -> Figures:
     """Train pairs of runs, with and without what may cost, in turn; print the ratio of their epoch times."""
     from loop.config import Config
-    from loop.run.fetch import provide
+    from loop.run.fetch import ensure_dataset
     from loop.run.launch import launched_local_rank
 
-    provide(Config(), fetching=launched_local_rank() == 0)
+    ensure_dataset(Config(), fetching=launched_local_rank() == 0)
     assert args.cost
     with_it, without, *_ = COSTS[args.cost]
     pairs = args.pairs or 32

@@ -21,7 +21,7 @@ from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order, 
 from loop.effect import effect
 from loop.nets import make_net
 from loop.reduction import Normalize, Reduction, cell_loss
-from loop.run.fetch import provide
+from loop.run.fetch import ensure_dataset
 from loop.shards import Shards, Tail
 from scripts.runs import Run, read_config
 
@@ -89,7 +89,7 @@ def widest_gap(a: Sequence[float], b: Sequence[float]) -> float:
 @cache
 def data() -> tuple[Split, Split]:
     """Return Fashion-MNIST's two halves, fetched if need be: a figure without runs has none to have fetched them."""
-    provide(Config(), fetching=True)
+    ensure_dataset(Config(), fetching=True)
     return load(Config())
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from loop.config import Config, InputError
-from loop.run.fetch import provide
+from loop.run.fetch import ensure_dataset
 from scripts.command import command
 from scripts.machine import hardware, versions
 from scripts.peers.loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, one_process, serve
@@ -199,7 +199,7 @@ class Flags:
 
     def chosen(self) -> list[str]:
         """Return the peers to measure. Raises InputError for values out of range."""
-        available = provide(Config(data_dir=self.data_dir), fetching=True)
+        available = ensure_dataset(Config(data_dir=self.data_dir), fetching=True).examples
         peers = [peer for peer in PEERS if any(word.lower() in peer.lower() for word in self.only)]
         for wrong, message in (
             (min(self.examples) < 1, f"--examples {min(self.examples)}: must be at least 1"),
