@@ -22,7 +22,7 @@ from typing import Any
 
 from loop.config import Config, InputError, parse
 from loop.run.fetch import ensure_dataset
-from loop.run.launch import count_gpus, launched_local_rank, launched_world_size
+from loop.run.launch import check_launch, count_gpus, launched_world_size, reports_errors
 from loop.run.resume import is_finished, keep_what_is_not_told
 from loop.run.run import Run
 from loop.run.streams import forgive_streams
@@ -31,24 +31,25 @@ from loop.run.streams import forgive_streams
 def main() -> None:
     """Read the command line, check it, train."""
     forgive_streams()
-    reports_errors = launched_local_rank() == 0
-    config = parse(quiet=not reports_errors)
+    reporting = reports_errors()
     try:
+        check_launch(sys.argv[1:])
+        config = parse(quiet=not reporting)
         config = keep_what_is_not_told(config, sys.argv[1:], launched_world_size())
         config.validate()
-        size = ensure_dataset(config, fetching=reports_errors)
+        size = ensure_dataset(config, fetching=reporting)
         shards = config.shards(size.examples, launched_world_size())
-        if is_finished(config, size, shards.world_size, quiet=not reports_errors):
-            if reports_errors:
+        if is_finished(config, size, shards.world_size, quiet=not reporting):
+            if reporting:
                 print(f"train.py: {config.folder(shards.world_size)} is finished")
             sys.exit()
         if not config.check:
             sys.exit(train(config))  # the process's end is its group's
         check(config)
-        if reports_errors:
+        if reporting:
             print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
     except InputError as error:
-        if reports_errors:
+        if reporting:
             print(f"train.py: error: {error}", file=sys.stderr)
         else:
             time.sleep(1)  # a launcher ends the other ranks as soon as one has failed: not before the error is printed

@@ -21,16 +21,10 @@ from loop.run.watchdog import is_from_backend
 from scripts import soak
 from tests.conftest import mount
 from tests.forks import Forked
-from tests.launches import PYTHON, environment, kill, launch, start
+from tests.launches import PYTHON, environment, free_port, kill, launch, start
 
 TIMEOUT_S = 3
 FLAGS = ["--train-examples", "2000", "--epochs", "100000", "--log-every", "5", "--run-name", "run"]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @contextlib.contextmanager

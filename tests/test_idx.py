@@ -135,9 +135,7 @@ def test_files_of_two_sets_are_never_mixed(tmp_path: Path) -> None:
 
 
 def test_what_is_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"mnist: .*No such file .*; fashion-mnist is the one set known by name"
-    ):
+    with pytest.raises(InputError, match=r"mnist: .*No such file .*; fashion-mnist is the one set known by name"):
         read_set(Path("mnist"))
     (tmp_path / "set.zip").touch()
     with pytest.raises(InputError, match=r"set\.zip is a file: unpack it if it is an archive, and name the folder"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from accelerate.utils import DistributedType
 
 import train
 from loop.config import Config, InputError, parse
-from loop.run.launch import HOW_TO_CONFIGURE
-from tests.launches import PYTHON, launch
+from loop.run.launch import HOW_TO_CONFIGURE, check_launch
+from tests.launches import PYTHON, free_port, launch
 
 TINY = ["--cpu", "--train-examples", "300", "--epochs", "1", "--wandb", "disabled", "--run-name", "run"]
 
@@ -35,6 +37,7 @@ def fresh_accelerate() -> Iterator[None]:
         ("USE_DEEPSPEED", "true", "DeepSpeed"),
         ("USE_MEGATRON_LM", "true", "Megatron-LM"),
         ("USE_PARALLELISM_CONFIG", "true", "tensor or context parallelism"),
+        ("USE_SAGEMAKER", "true", "SageMaker"),
     ],
 )
 def test_more_than_data_parallelism_is_refused(
@@ -112,6 +115,108 @@ def test_accelerate_launch_hands_its_precision_on_and_its_compiler_is_refused(tm
         + HOW_TO_CONFIGURE
     ]
     assert not (tmp_path / "eager").exists()
+
+
+LEFT_OVER = [  # what a shell may have left over, as (rank, world size) would be read from it; and what is said
+    ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but the number of ranks is 1: unset what another launch has left over"),
+    ({"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1, but the number of ranks is 1: unset"),
+    ({"RANK": "1"}, "RANK=1, but the number of ranks is 1: unset"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, but the number of ranks is 2: unset"),
+    ({"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=3, but the number of ranks is 2: unset"),
+    ({"WORLD_SIZE": "\u00b3"}, "WORLD_SIZE=\u00b3 is no number: unset it"),
+    ({"OMPI_COMM_WORLD_SIZE": "abc"}, "OMPI_COMM_WORLD_SIZE=abc is no number: unset it"),
+    ({"ACCELERATE_TORCH_DEVICE": "xpu"}, "ACCELERATE_TORCH_DEVICE=xpu: unset it"),
+]
+
+
+@pytest.mark.parametrize(("environ", "said"), LEFT_OVER)
+def test_what_a_shell_has_left_over_is_named_in_one_line(
+    environ: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: error: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_argument_of_torchs_old_launcher_names_the_new_one() -> None:
+    with pytest.raises(InputError, match="adds --local-rank: use torchrun instead"):
+        check_launch(["--local-rank=1", "--epochs", "1"])
+
+
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError, ValueError])
+def test_what_accelerates_constructor_raises_is_reported_with_its_variables(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise kind("a plugin is missing\nand more")
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
+    monkeypatch.setattr(Accelerator, "__init__", fails)
+    with pytest.raises(
+        InputError, match=r"^Accelerate cannot be set up: a plugin is missing \(.*ACCELERATE_USE_CPU=yes"
+    ):
+        train.train(parse([*TINY, "--out", str(tmp_path)]))
+
+
+DEBUG_LAUNCHER = """
+import sys, torch
+torch.set_num_threads(1)
+sys.argv = ["train.py", *sys.argv[1:]]
+import train
+from accelerate import debug_launcher
+debug_launcher(train.main)
+"""
+
+
+def test_debug_launcher_trains_and_says_that_no_watchdog_watches(tmp_path: Path) -> None:
+    done = launch([PYTHON, "-c", DEBUG_LAUNCHER], tmp_path, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "train.py: no store to reach: the watchdog for lost ranks is off\n"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+
+
+MPI_CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_process_ip: 127.0.0.1
+main_process_port: {port}
+use_cpu: true
+mpirun_config:
+  mpirun_hostfile: {hosts}
+  mpirun_ccl: '1'
+"""
+
+
+@pytest.mark.slow  # 15 s each
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no MPI: apt-get install openmpi-bin")
+@pytest.mark.parametrize("by", ["its configuration", "mpirun"])
+def test_accelerates_way_over_mpi_trains_on_all_ranks(tmp_path: Path, by: str) -> None:
+    hosts, config = tmp_path / "hosts", tmp_path / "config.yaml"
+    hosts.write_text("localhost slots=2\n")
+    config.write_text(MPI_CONFIG.format(port=free_port(), hosts=hosts))
+    environ = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    accelerate = [PYTHON, "-m", "accelerate.commands.launch"]
+    how = [*accelerate, "--config_file", str(config)]
+    if by == "mpirun":
+        port = ["--main_process_port", free_port()]
+        how = ["mpirun", "--oversubscribe", "-np", "2", *accelerate, "--cpu", "--num_processes", "2", *port]
+    done = launch([*how, "train.py"], tmp_path / "out", *TINY, **environ)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "run" / "config.json").read_text())["world_size"] == 2
 
 
 def test_tf32_is_part_of_what_decides_the_weights(tmp_path: Path) -> None:

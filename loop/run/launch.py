@@ -31,6 +31,7 @@ OTHER_PARALLELISM = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
 OFF = ("", "no", "false", "0")
 HOW_TO_CONFIGURE = (
@@ -40,6 +41,31 @@ HOW_TO_LAUNCH = (
     "use scripts/train.sh, `torchrun --nproc_per_node N train.py`, "
     "or `accelerate launch --multi_gpu --num_processes N train.py`, on CPUs too"
 )
+
+
+def reports_errors() -> bool:
+    """Whether errors that all ranks meet are this process's to report: the first of each machine does."""
+    try:
+        return launched_world_size() == 1 or launched_local_rank() == 0
+    except InputError:
+        return True
+
+
+def check_launch(args: list[str]) -> None:
+    """Raise InputError where the launcher's variables contradict each other, as what a shell has left over may do.
+
+    args: the command line.
+    """
+    if any(arg.startswith(("--local-rank", "--local_rank")) for arg in args):
+        raise InputError("`python -m torch.distributed.launch` adds --local-rank: use torchrun instead")
+    for names in (RANK, LOCAL_RANK, LOCAL_WORLD_SIZE):
+        name = next((name for name in names if name in os.environ), "")
+        number, world_size = _from_environment(names, 0), launched_world_size()
+        if number >= world_size + (names == LOCAL_WORLD_SIZE):
+            raise InputError(
+                f"{name}={number}, but the number of ranks is {world_size}: unset what another launch has left over in "
+                f"this shell, or use {HOW_TO_LAUNCH.removeprefix('use ')}"
+            )
 
 
 def launched_world_size() -> int:
@@ -79,8 +105,11 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
+    from loop.run.watchdog import is_from_backend
+
     _refuse_other_parallelism(config)
-    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    by_accelerate = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    if by_accelerate and not any(name in os.environ for name in WORLD_SIZE):  # MPI's sets one of them
         raise InputError(
             "`accelerate launch` seems to have been asked for several processes and started one, as it does with --cpu "
             f"and in MULTI_CPU configurations: {HOW_TO_LAUNCH}. (If one is what you want: unset MASTER_PORT.)"
@@ -97,11 +126,17 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout + max(config.ddp_timeout, 30)))
             ],
         )
-    except ValueError as error:  # InputError among them
-        raise InputError(str(error)) from None
-    except RuntimeError as error:  # torch's DistError among them
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise InputError(f"the ranks cannot join each other at {where}: {str(error).splitlines()[0]}") from None
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds: what a configuration asks for may not be installed, or not fit
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        if is_from_backend(error):
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise InputError(f"the ranks cannot join each other at {where}: {reason}") from None
+        told = ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("ACCELERATE_"))
+        raise InputError(
+            f"Accelerate cannot be set up: {reason} (set are: {told or 'no ACCELERATE_ variables'})"
+        ) from None
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise InputError(
@@ -176,6 +211,8 @@ def _refuse_other_parallelism(config: Config) -> None:
         value = os.environ.get(name, "")
         if value.lower() not in OFF:
             raise InputError(f"{name}={value} asks for {what}, and this is plain data parallelism: {HOW_TO_CONFIGURE}")
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        raise InputError(f"ACCELERATE_TORCH_DEVICE={device}: unset it; each rank takes its own GPU, or the CPU")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision.lower() == "fp8" and config.mixed_precision == "no":
         raise InputError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: use --mixed-precision bf16 or fp16")
@@ -189,4 +226,8 @@ def _refuse_other_parallelism(config: Config) -> None:
 
 
 def _from_environment(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+    name = next((name for name in names if os.environ.get(name)), "")
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit()):
+        raise InputError(f"{name}={value} is no number: unset it, or let a launcher set it")
+    return int(value)
