@@ -12,8 +12,10 @@ updater is a `CellUpdater` (loop/updater.py), which knows what to make of the ce
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -32,19 +34,32 @@ Batches = Iterable[Any]  # of (X, y), or of (X, y, cell)
 
 
 class Accumulator:
-    """n running sums (d2l 3.6.5) of numbers or device tensors; adding never waits for the device."""
+    """n running sums (d2l 3.6.5) of numbers or one-element tensors, read as floats.
+
+    Adding never waits for the device: tensors are added up there, in float64, until a sum is read.
+    """
 
     def __init__(self, n: int) -> None:
-        self.data: list[Any] = [0.0] * n
+        self.kept: list[Any] = [0.0] * n  # floats, and tensors that nobody has read yet
 
     def add(self, *args: float | Tensor) -> None:
-        """Add one number, or scalar tensor, to each sum."""
-        for i, value in enumerate(args):
-            self.data[i] += value.detach().to(widest(value.device)) if isinstance(value, Tensor) else value
+        """Add one value to each sum; surplus values are ignored, as in the book."""
+        added = [a + _widened(b) for a, b in zip(self.kept, args, strict=False)]
+        self.kept = added + self.kept[len(added) :]
 
     def reset(self) -> None:
         """Set every sum to 0."""
-        self.data = [0.0] * len(self.data)
+        self.data = [0.0] * len(self.kept)
+
+    @property
+    def data(self) -> list[float]:
+        """The sums, as the book keeps them."""
+        self.kept = [float(value) for value in self.kept]
+        return self.kept
+
+    @data.setter
+    def data(self, sums: Sequence[float]) -> None:
+        self.kept = list(sums)
 
     def all_reduce(self, device: torch.device) -> None:
         """Replace each sum by its sum over all ranks: one collective, in which every rank must take part.
@@ -52,19 +67,24 @@ class Accumulator:
         device: the net's. It cannot be told from the sums: those of no batch are plain zeros.
         """
         sums = [
-            v if isinstance(v, Tensor) else torch.full((), v, dtype=widest(device), device=device) for v in self.data
+            v if isinstance(v, Tensor) else torch.full((), v, dtype=widest(device), device=device) for v in self.kept
         ]
-        self.data = list(global_count(torch.stack(sums), device))
+        self.kept = list(global_count(torch.stack(sums), device))
 
-    def __getitem__(self, i: int) -> float:
-        return float(self.data[i])
+    def __getitem__(self, i: Any) -> Any:
+        return self.data[i]
 
 
-def accuracy(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Return the *number* of correct predictions, a scalar tensor. y_hat: logits (B, C) or classes (B,). y: (B,)."""
+def accuracy(y_hat: Tensor, y: Tensor) -> float:
+    """Return the *number* of correct predictions (d2l 3.6.4). y_hat: logits (B, C) or classes (B,). y: (B,)."""
+    return float(correct(y_hat, y))
+
+
+def correct(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return `accuracy`'s number as a scalar tensor, without waiting for the device."""
     if y_hat.dim() > 1 and y_hat.shape[1] > 1:
         y_hat = y_hat.argmax(dim=1)
-    return (y_hat == y).sum()
+    return (y_hat.type(y.dtype) == y).sum()
 
 
 def sgd(params: Iterable[Tensor], lr: float, batch_size: int) -> None:
@@ -89,8 +109,8 @@ class Updater(Protocol):
     def backward(self, l: Tensor) -> None:
         """Back-propagate the loss, a scalar or one a loss per example."""
 
-    def step(self, batch_size: int) -> None:
-        """Update the parameters, where a step ends."""
+    def step(self, X: Tensor) -> None:
+        """Update the parameters, where a step ends. X: the batch just back-propagated."""
 
 
 class Observer(Protocol):
@@ -110,20 +130,22 @@ class BookUpdater:
         self.updater = updater
 
     def begin(self, X: Tensor, y: Tensor) -> None:
-        """Zero the optimiser's gradient; a function zeroes its own."""
-        if isinstance(self.updater, torch.optim.Optimizer):
-            self.updater.zero_grad()
+        """Do nothing: the book zeroes the gradient after the forward pass, which may still read it."""
 
     def backward(self, l: Tensor) -> None:
-        """Back-propagate the mean for an optimiser, the sum for a function."""
-        (l.mean() if isinstance(self.updater, torch.optim.Optimizer) else l.sum()).backward()
+        """Back-propagate the mean for an optimiser, whose gradient is zeroed, and the sum for a function."""
+        if isinstance(self.updater, torch.optim.Optimizer):
+            self.updater.zero_grad()
+            l.mean().backward()
+        else:
+            l.sum().backward()
 
-    def step(self, batch_size: int) -> None:
+    def step(self, X: Tensor) -> None:
         """Update; a function is handed the batch size, to divide by."""
         if isinstance(self.updater, torch.optim.Optimizer):
             self.updater.step()
         else:
-            self.updater(batch_size)
+            self.updater(X.shape[0])
 
 
 class Epoch(NamedTuple):
@@ -147,20 +169,25 @@ def train_epoch_ch3(
 ) -> tuple[float, float]:
     """Train for one epoch (d2l 3.6.5); return (loss per example, share correct), over all ranks.
 
+    A scalar loss is taken for the mean or the sum that the loss's `reduction` names; of a function without one, for a
+    mean with an optimiser and a sum with an updater function. The loss per example is d2l 0.16's, which multiplies a
+    mean by `len(y)`; d2l 0.17.6 does not, and reports a mean loss too small by the batch size.
+
     updater: a torch optimiser, a function of the batch size, or an `Updater`.
     metric: the sums of loss, correct predictions and examples to go on from, in an epoch that was begun before.
     """
     if isinstance(net, nn.Module):
         net.train()
-    updater = updater if hasattr(updater, "backward") else BookUpdater(updater)
+    mean = isinstance(updater, torch.optim.Optimizer)
+    updater = updater if hasattr(updater, "begin") else BookUpdater(updater)
     metric = metric or Accumulator(3)  # loss sum, correct predictions, examples
     for X, y, *cell in train_iter:
         updater.begin(X, y, *cell)
         y_hat = net(X)
         l = loss(y_hat, y)
         updater.backward(l)
-        updater.step(X.shape[0])
-        sums = _loss_sum(l, y), accuracy(y_hat, y), y.numel()
+        updater.step(X)
+        sums = _loss_sum(l, y, loss, mean), correct(y_hat, y), y.numel()
         metric.add(*sums)
         for observer in observers:
             observer.after_cell(*cell, *sums)
@@ -172,16 +199,17 @@ def train_epoch_ch3(
 def evaluate(net: Net, data_iter: Batches, loss: Loss | None = None) -> tuple[float, float]:
     """Return (loss per example, share correct) over all of data_iter; with a DDP net, of every rank's data_iter.
 
-    Sums over examples, not means over batches, so shares of unequal size weigh as they should.
+    Sums over examples, not means over batches, so shares of unequal size weigh as they should. Without a loss, the
+    loss per example is NaN.
     """
     if isinstance(net, nn.Module):
         net.eval()
     module = net.module if isinstance(net, DistributedDataParallel) else net
     metric = Accumulator(3)
-    with torch.inference_mode():
+    with torch.no_grad():  # under inference_mode, what the net creates or keeps here could never be trained
         for X, y in data_iter:
             y_hat = module(X)
-            metric.add(_loss_sum(loss(y_hat, y), y) if loss else 0.0, accuracy(y_hat, y), y.numel())
+            metric.add(_loss_sum(loss(y_hat, y), y, loss) if loss else math.nan, correct(y_hat, y), y.numel())
     if isinstance(net, DistributedDataParallel):
         metric.all_reduce(next(net.parameters()).device)
     return metric[0] / metric[2], metric[1] / metric[2]
@@ -207,7 +235,7 @@ def train_ch3(
 
     progress: where the training stands, and goes on from: the first observer. Without it this is the book's call: an
     Animator draws the curves, and the result must meet the book's thresholds, or AssertionError is raised with the
-    figure that does not.
+    figure that does not. The test loss is computed for observers only.
     """
     if progress is None:
         animator = Animator(xlabel="epoch", xlim=(1, max(num_epochs, 2)), legend=CURVES)
@@ -218,13 +246,13 @@ def train_ch3(
         started = time.perf_counter()
         train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, metric, observers)
         seconds = time.perf_counter() - started
-        epoch = Epoch(number, train_loss, train_acc, *evaluate(net, test_iter, loss), seconds)
+        tested = evaluate(net, test_iter, loss if observers else None)
+        epoch = Epoch(number, train_loss, train_acc, *tested, seconds)
         for observer in observers:
             observer.after_epoch(epoch)
         if progress is None:
             animator.add(number, (train_loss, train_acc, epoch.test_acc))
     if progress is None:
-        animator.save()
         unmet = unmet_thresholds(train_loss, train_acc, epoch.test_acc)
         assert not unmet, f"not met: {unmet}: {epoch}"
 
@@ -242,9 +270,24 @@ def unmet_thresholds(train_loss: float, train_acc: float, test_acc: float) -> li
     return [demand for demand, met in demands.items() if not met]
 
 
-def _loss_sum(l: Tensor, y: Tensor) -> Tensor:
-    """Return the sum of a batch's losses, of one loss an example or regained from their mean (`float(l) * len(y)`)."""
-    return l.detach().sum(dtype=widest(l.device)) if l.dim() else l.detach() * len(y)
+def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor:
+    """Return the sum of a batch's losses, of one loss an example or regained from their mean (`float(l) * len(y)`).
+
+    mean: whether a scalar is a mean where the loss names no reduction.
+    """
+    if l.dim():
+        return l.detach().sum(dtype=widest(l.device))
+    named = loss.keywords.get("reduction") if isinstance(loss, partial) else getattr(loss, "reduction", None)
+    mean = {"mean": True, "batchmean": True, "sum": False}.get(str(named), mean)
+    loss_sum: Tensor = _widened(l) * (len(y) if mean else 1)
+    return loss_sum
+
+
+def _widened(value: Any) -> Any:
+    """Return a number as a float, a tensor of one element as a scalar of the device's widest float."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(widest(value.device))
+    return float(value)
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -61,14 +61,15 @@ class CellUpdater:
         else:
             cell_backward(l, averaged_over=cells // config.accumulate, **mode)
 
-    def step(self, batch_size: int) -> None:
-        """Take the optimiser's step after the step's last cell. batch_size: examples in this rank's last cell."""
+    def step(self, X: Tensor) -> None:
+        """Take the optimiser's step after the step's last cell."""
         if self.cell.last:
-            self.apply(self.finish_gradient(batch_size))
+            self.apply(self.finish_gradient(X.shape[0]))
 
-    def finish_gradient(self, batch_size: int) -> int:
+    def finish_gradient(self, n_last: int) -> int:
         """Unscale the step's gradient, which is all-reduced, and note its norm where the step gets a row.
 
+        n_last: examples in this rank's last cell.
         Returns what this rank's update divides it by: 1 but for the scratch updater, 0 for no update.
         """
         if isinstance(self.optimizer, AcceleratedOptimizer):  # fp16: the gradient is scaled until here
@@ -78,7 +79,7 @@ class CellUpdater:
         if self.optimizer:
             return 1
         n_global = self.cell.step.n_global
-        return sgd_batch_size(self.config.reduction, self.config.normalize, n_last=batch_size, n_global=n_global)
+        return sgd_batch_size(self.config.reduction, self.config.normalize, n_last=n_last, n_global=n_global)
 
     def apply(self, divisor: int) -> None:
         """Clip the gradient and update the parameters."""
@@ -118,11 +119,11 @@ class Audited:
         """Back-propagate the cell's loss."""
         self.updater.backward(l)
 
-    def step(self, batch_size: int) -> None:
+    def step(self, X: Tensor) -> None:
         """Compare the step's gradient with what one process would apply; then apply it."""
         if not self.updater.cell.last:
             return
-        divisor = self.updater.finish_gradient(batch_size)
+        divisor = self.updater.finish_gradient(X.shape[0])
         if self.due:
             self.audit.compare(divisor)
         self.updater.apply(divisor)

@@ -62,15 +62,15 @@ def test_an_epoch_waits_for_the_device_in_its_last_reading_alone(net_name: Any, 
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
         train_epoch_ch3(net, batches, loss, updater, progress.sums, observers)
     assert progress.step == 5, "all steps are taken before the epoch's loss is read"
-    assert {type(value) for value in progress.sums.data[:2]} == {Tensor}
-    assert {value.device for value in progress.sums.data[:2]} == {META}
+    assert {type(value) for value in progress.sums.kept[:2]} == {Tensor}
+    assert {value.device for value in progress.sums.kept[:2]} == {META}
     AcceleratorState._reset_state()
 
 
 def test_a_sum_of_no_batch_is_reduced_on_the_device_it_is_given() -> None:
     sums = Accumulator(2)
     sums.all_reduce(META)
-    assert [value.device for value in sums.data] == [META, META]
+    assert [value.device for value in sums.kept] == [META, META]
 
 
 def test_a_count_is_made_on_the_device_without_a_copy_from_the_host() -> None:

@@ -44,7 +44,8 @@ class Recorder:
         self.animator = None
         if run.is_main:
             xlim = (1, max(self.config.epochs, 2))
-            self.animator = Animator("epoch", xlim=xlim, legend=CURVES, path=run.folder / "curves.png")
+            path = run.folder / "curves.png"
+            self.animator = Animator("epoch", xlim=xlim, legend=CURVES, figsize=(5.0, 3.5), path=path)
             for row in run.rows():  # of a run that goes on
                 if "train/loss" in row:
                     self._show_epoch(row)

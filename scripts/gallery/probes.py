@@ -131,8 +131,9 @@ def applied_weights(reduction: Reduction, normalize: Normalize, losses: Tensor, 
 class NeverZeroed(BookUpdater):
     """The book's updater with the line forgotten that zeroes the gradient."""
 
-    def begin(self, X: Tensor, y: Tensor) -> None:
-        """Leave the gradient as it is."""
+    def backward(self, l: Tensor) -> None:
+        """Add to the gradient that is there."""
+        l.mean().backward()
 
 
 def book_losses(kind: Callable[[torch.optim.Optimizer], BookUpdater], batches: Iterable[Any]) -> list[float]:
