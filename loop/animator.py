@@ -42,11 +42,11 @@ class Animator:
         if path is None:
             from matplotlib import pyplot  # half a second: only who draws pays
 
-            self.fig: Any = pyplot.figure(figsize=figsize)
+            self.fig: Any = pyplot.figure(figsize=figsize, layout="tight")
         else:
             from matplotlib.figure import Figure  # no global state
 
-            self.fig = Figure(figsize=figsize)
+            self.fig = Figure(figsize=figsize, layout="tight")
         axes = self.fig.subplots(nrows, ncols)
         self.axes: Any = [axes] if nrows * ncols == 1 else axes
         settings = {
@@ -111,7 +111,7 @@ class Animator:
 
     def _png(self, dpi: float | str) -> bytes:
         picture = io.BytesIO()
-        self.fig.savefig(picture, format="png", dpi=dpi, bbox_inches="tight")
+        self.fig.savefig(picture, format="png", dpi=dpi)
         return picture.getvalue()
 
 

@@ -286,7 +286,8 @@ def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor:
 def _widened(value: Any) -> Any:
     """Return a number as a float, a tensor of one element as a scalar of the device's widest float."""
     if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(widest(value.device))
+        value = value.detach().to(widest(value.device))
+        return value.reshape(()) if value.dim() else value
     return float(value)
 
 
