@@ -90,7 +90,7 @@ def test_an_offline_run_holds_config_summary_table_model_and_exit_code(offline: 
     models = [artifact for artifact in stored["artifacts"] if artifact[1] == "model"]
     ((name, _, aliases),) = models
     assert name == f"model-{config['wandb_id']}"
-    assert set(aliases) == {"latest", "best"}
+    assert set(aliases) == {"latest", "final"}
     (table,) = (wandb_folder(run) / "files").rglob("last_step*.table.json")
     assert json.loads(table.read_text())["data"] == [[0, 0, 50, 1.0, 1], [1, 0, 50, 1.0, 1]]
 
@@ -99,6 +99,17 @@ def test_a_run_says_its_mode_its_reason_and_how_to_sync(offline: tuple[Path, str
     run, said = offline
     assert said.splitlines()[0] == "W&B: offline (--wandb offline)"
     assert said.splitlines()[-1] == f"W&B: to send this run: wandb sync {wandb_folder(run)}"
+
+
+def test_summaries_cover_the_rows_before_a_resume(tmp_path: Path) -> None:
+    for epochs in ("1", "2"):
+        flags = ["--run-name", "r", "--resume", "auto", "--wandb", "offline", "--epochs", epochs]
+        done = launch(ONE, tmp_path, *SHORT[2:], *flags)
+        assert done.returncode == 0, done.stderr
+    _, second = sorted((tmp_path / "r" / "wandb").glob("offline-run-*"))
+    norms = [row["step/grad_norm"] for row in rows_of(tmp_path / "r") if "step/grad_norm" in row]
+    assert max(norms) > max(norms[len(norms) // 2 :]), "the largest is from before"
+    assert read_run(second)["summary"]["step/grad_norm"] == {"max": max(norms), "last": norms[-1]}
 
 
 def test_disabled_imports_no_wandb(tmp_path: Path) -> None:

@@ -162,6 +162,17 @@ def how_to_go_on(run: Path | None) -> str:
     return f"Its last checkpoint, {kept}, is kept. To go on: {command_to_go_on(run.name)}"
 
 
+def command_line(args: list[str]) -> str:
+    """Return the command that trains on as many ranks as this process's machine has, with these flags, for a shell."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = os.environ.get("LAUNCHED_BY")  # as scripts/train.sh has it
+    if launcher is None:
+        launcher = f"torchrun --nproc_per_node {ranks} {shlex.quote(sys.argv[0])}"
+        if ranks == "1":
+            launcher = f"python {shlex.quote(sys.argv[0])}"
+    return f"{launcher} {shlex.join(args)}".rstrip()
+
+
 def command_to_go_on(run_name: str) -> str:
     """Return the command line that goes on with this process's run, for a shell."""
     kept: list[str] = []
@@ -172,13 +183,7 @@ def command_to_go_on(run_name: str) -> str:
             kept.append(word)
         elif not equals:
             next(words, None)
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    launcher = os.environ.get("LAUNCHED_BY")  # as scripts/train.sh has it
-    if launcher is None:
-        launcher = f"torchrun --nproc_per_node {ranks} {shlex.quote(sys.argv[0])}"
-        if ranks == "1":
-            launcher = f"python {shlex.quote(sys.argv[0])}"
-    return f"{launcher} {shlex.join([*kept, '--run-name', run_name, '--resume', 'auto'])}"
+    return command_line([*kept, "--run-name", run_name, "--resume", "auto"])
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:

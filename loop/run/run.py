@@ -135,6 +135,8 @@ class Run:
         import torch
         from accelerate.utils import gather_object
 
+        from loop.run.resume import command_line
+
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()} CPU"
         return {
             **asdict(self.config),
@@ -152,6 +154,7 @@ class Run:
             "versions": {package: installed(package) for package in PACKAGES},
             "git_commit": git_commit(),
             "argv": sys.argv,
+            "command": command_line(sys.argv[1:]),
             "wandb_id": self.run_id,
         }
 

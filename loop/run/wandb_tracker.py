@@ -171,6 +171,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             notes=self.config.notes,
             config=plain(values),
             settings=wandb.Settings(
+                program=sys.argv[0],  # which a sweep's runs are given, too
                 silent=True,
                 x_transaction_log_flush_interval=1,
                 init_timeout=INIT_S,
@@ -217,6 +218,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         if self.exit_code == 0:
             self._safely(self._log_curves, rows=0)
             self._safely(self._log_model, rows=0)
+        self._safely(self._summarize, rows=0)
         uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
         self._safely(wandb.teardown, rows=0)
         if (self.files.path / "metrics.jsonl").exists():  # else W&B's file was deleted with the run's folder
@@ -230,10 +232,19 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
     def _log_model(self) -> None:
         import wandb
 
-        # A collection of the run's own, with one version: its final weights are its latest and its best.
         model = wandb.Artifact(f"model-{self.run.id}", type="model", metadata={"examples": self.examples})
         model.add_file(str(self.files.path / "model.safetensors"))
-        self.run.log_artifact(model, aliases=["latest", "best"])
+        self.run.log_artifact(model, aliases=["latest", "final"])
+
+    def _summarize(self) -> None:
+        """Set the summaries from all rows: W&B's own cover those of this process, and not what came before a resume."""
+        self.run.log({}, step=self.row, commit=True)  # else the last row would replace what is set here
+        rows = self.files.read()
+        for key, rule in SUMMARIES.items():
+            values = [float(row[key]) for row in rows if key in row]
+            best = min if rule.startswith("min") else max
+            if finite := [value for value in values if math.isfinite(value)]:
+                self.run.summary[key] = {best.__name__: best(finite), "last": values[-1]}
 
     def _count_held(self) -> int:
         """Return how many of the run's rows W&B has from before: on its server, or in earlier files."""
