@@ -17,7 +17,15 @@ from loop.run.folder import FAILED
 Curve = list[tuple[float, float]]
 """(examples, value), in order of examples; the value may be NaN or infinite."""
 
-NAMES = {"argv", "check", "data_dir", "notes", "out", "run_name"}  # say where or why a run was made, not what it does
+NAMES = {
+    "argv",
+    "check",
+    "command",
+    "data_dir",
+    "notes",
+    "out",
+    "run_name",
+}  # say where or why a run was made, not what it does
 DERIVED = {
     "cells",
     "devices",
@@ -137,7 +145,14 @@ def _read(folder: Path, config: Mapping[str, Any]) -> Run:
     finished, failure = (folder / "summary.json").is_file(), None
     if (folder / FAILED).is_file():
         failure = str(json.loads((folder / FAILED).read_text())["reason"])
-    return Run(folder.resolve().name, folder, dict(_flat(config)), _curves(folder / "metrics.jsonl"), finished, failure)
+    return Run(
+        readable(folder.resolve().name),
+        folder,
+        dict(_flat(config)),
+        _curves(folder / "metrics.jsonl"),
+        finished,
+        failure,
+    )
 
 
 def _curves(path: Path) -> dict[str, Curve]:
@@ -186,5 +201,10 @@ def _text(value: object) -> str:
         return ", ".join(map(_text, value)) or "none"
     if isinstance(value, float):
         return f"{value:g}"
-    text = value if isinstance(value, str) else json.dumps(value).replace("null", "none")
+    text = readable(value) if isinstance(value, str) else json.dumps(value).replace("null", "none")
     return re.sub(r"^([0-9a-f]{9})[0-9a-f]{31}", r"\1", text)
+
+
+def readable(text: str) -> str:
+    """Return the text with what no encoding has, such as a file name's stray bytes, written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -322,6 +322,12 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     assert "b has failed: the loss is nan." in out
 
 
+def test_a_name_that_no_encoding_has_breaks_no_comparison(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "caf\udce9", tags=["\udce9"]), write_run(tmp_path / "b")]
+    assert compare(*runs, "--to", tmp_path / "to") == 0
+    assert r"caf\udce9" in (tmp_path / "to" / "report.html").read_text(encoding="utf-8").replace("\\\\", "\\")
+
+
 def test_a_legend_shows_names_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
 
@@ -520,6 +526,38 @@ def test_light_and_dark_are_followed_while_the_page_is_open(report: Report) -> N
         seen.append(section.colours)
     assert len(seen[0]) == len(seen[1]) == 2
     assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize("report", [WIDE], ids=["wide"], indirect=True)
+def test_pointing_at_a_curve_shows_its_run_its_group_and_its_value(report: Report) -> None:
+    section = report.section("mean-against-sum")
+    box = section.locator.locator(".plot >> nth=0 >> .points path").first.bounding_box()
+    assert box
+    report.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    shown = section.locator.locator(".hoverlayer .hovertext").first
+    shown.wait_for()
+    lines = shown.locator("tspan.line").all_text_contents()
+    assert re.fullmatch(r"(mean|sum)-\w+-w\d", lines[0])
+    assert lines[1] == f"reduction: {lines[0].split('-')[0]}"
+    assert re.fullmatch(r"[\d.]+ \S+.*", lines[2]) and re.fullmatch(r"after [\d,]+ examples", lines[3])
+
+
+@pytest.mark.parametrize("report", [PHONE], ids=["phone"], indirect=True)
+def test_a_phone_is_told_that_the_table_scrolls(report: Report) -> None:
+    assert report.page.get_by_text("The table scrolls sideways.").is_visible()
+
+
+@pytest.mark.parametrize("report", [WIDE], ids=["wide"], indirect=True)
+def test_a_panel_that_is_0_throughout_is_drawn_from_0_and_no_panel_leaves_a_row_empty(report: Report) -> None:
+    page = report.page
+    page.evaluate("document.querySelectorAll('.plot').forEach(plot => plot.scrollIntoView())")
+    report.section("all-curves")
+    lowest = "all => Math.min(...all.filter(p => p._fullLayout && p._fullLayout.yaxis.type === 'linear')"
+    assert page.locator(".plot").evaluate_all(f"{lowest}.map(p => p._fullLayout.yaxis.range[0]))") >= 0
+    rights = page.locator(".grid > figure:last-child").evaluate_all(
+        "all => all.map(each => each.parentElement.getBoundingClientRect().right - each.getBoundingClientRect().right)"
+    )
+    assert max(rights) < 2
 
 
 @pytest.mark.parametrize("report", [PHONE], ids=["phone"], indirect=True)

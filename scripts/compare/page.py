@@ -83,6 +83,7 @@ def _table(table: Sequence[Sequence[str]]) -> str:
     head = cells("th", header, '<button type="button" title="Sort">{}</button>')
     body = "\n".join(f"<tr>{cells('td', row, '{}')}</tr>" for row in rows)
     return (
+        '<p class="soft sideways">The table scrolls sideways.</p>'
         '<div class="table" tabindex="0" role="region" aria-label="The runs">'
         f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )
