@@ -70,6 +70,7 @@ class Shards:
     examples: N. batch_size: examples in a full step, over all ranks and micro-batches. accumulate: micro-batches in a
     step, K. tail: what becomes of an incomplete last batch; `pad` wraps round to the epoch's first examples, as
     Accelerate's `even_batches=True` does, `ragged` is its `even_batches=False`, and `drop` any loader's `drop_last`.
+    (At K = 1: with K > 1 Accelerate fills up the last *micro-batch*, and drops or keeps it alone.)
 
     Raises ValueError where the plan is impossible, with the flag to change.
     """
@@ -113,14 +114,29 @@ class Shards:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """Every optimiser step of an epoch, in order."""
-        full = spread(self.batch_size, self.cells)
-        offsets = tuple(running_sum(full, initial=0))
-        whole = self.examples - self.tail_examples
-        steps = [Step(start, full, offsets) for start in range(0, whole, self.batch_size)]
-        if self.tail_examples and self.tail != "drop":
-            last = self._tail_sizes()
-            steps.append(Step(whole, last, tuple(running_sum(last, initial=0))))
-        return tuple(steps)
+        return tuple(map(self._step, range(self.step_count)))
+
+    @property
+    def step_count(self) -> int:
+        """How many optimiser steps an epoch has."""
+        return self.examples // self.batch_size + (self.tail_examples > 0 and self.tail != "drop")
+
+    @property
+    def last_step(self) -> Step:
+        """The last step of an epoch, without all those before it."""
+        return self._step(self.step_count - 1)
+
+    def _step(self, i: int) -> Step:
+        start = i * self.batch_size
+        if self.examples - start >= self.batch_size:
+            return Step(start, *self._full)
+        sizes = self._tail_sizes()
+        return Step(start, sizes, tuple(running_sum(sizes, initial=0)))
+
+    @cached_property
+    def _full(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        sizes = spread(self.batch_size, self.cells)
+        return sizes, tuple(running_sum(sizes, initial=0))
 
     def _tail_sizes(self) -> tuple[int, ...]:
         if self.tail == "spread":
@@ -143,7 +159,7 @@ class Shards:
     @property
     def census(self) -> Census:
         """How often one epoch sees its examples."""
-        positions = sum(step.n_global for step in self.steps)
+        positions = (self.step_count - 1) * self.batch_size + self.last_step.n_global
         seen = min(positions, self.examples)
         return Census(seen, duplicated=positions - seen, missing=self.examples - seen)
 

@@ -50,8 +50,8 @@ def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr
     config = Config(batch_size=batch_size, accumulate=accumulate, lr=lr)
     spread = config.shards(examples, world_size)
     lines = [
-        f"{examples} examples in batches of {batch_size}: {len(spread.steps)} steps; the last has "
-        f"{spread.steps[-1].n_global}. {world_size} rank(s) x {accumulate} micro-batch(es) = {spread.cells} cell(s).",
+        f"{examples} examples in batches of {batch_size}: {spread.step_count} steps; the last has "
+        f"{spread.last_step.n_global}. {world_size} rank(s) x {accumulate} micro-batch(es) = {spread.cells} cell(s).",
         "",
         f"{'last step dealt by':<20}{'twice':>7}{'never':>7}{'idle':>7}  examples of each rank",
     ]
@@ -62,7 +62,7 @@ def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr
         except ValueError as refusal:
             lines.append(f"{tail:<20}{'':>21}  refused: {refusal}")
             continue
-        sizes, census = shards.steps[-1].sizes, shards.census
+        sizes, census = shards.last_step.sizes, shards.census
         ranks = of_ranks(sizes, world_size)
         lines.append(
             f"{tail:<20}{census.duplicated:>7}{census.missing:>7}{ranks.count(0):>7}  {abridged(ranks)}"
@@ -70,7 +70,9 @@ def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr
         )
         plans.setdefault(sizes, []).append(tail)
     ranks, twice = distributed_sampler(examples, batch_size, world_size)
-    lines.append(f"{'DistributedSampler':<20}{twice:>7}{0:>7}{0:>7}  {abridged(ranks)}")
+    share, rest = divmod(batch_size, world_size)
+    of_each = f" (in batches of {max(1, share)} a rank)" if rest else ""
+    lines.append(f"{'DistributedSampler':<20}{twice:>7}{0:>7}{0:>7}  {abridged(ranks)}{of_each}")
     for sizes, tails in plans.items():
         lines += ["", *mode_table(config, sizes, tails, world_size)]
     return "\n".join([*lines, "", advice(config, plans, world_size, twice)])
@@ -130,7 +132,7 @@ def draw(examples: int, config: Config, world_size: int, path: Path) -> None:
     rows = {}
     for tail in get_args(Tail):
         try:
-            sizes = Shards(examples, config.batch_size, world_size, config.accumulate, tail).steps[-1].sizes
+            sizes = Shards(examples, config.batch_size, world_size, config.accumulate, tail).last_step.sizes
         except ValueError:
             continue
         weights = example_weights("mean", "rank", sizes)

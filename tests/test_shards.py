@@ -119,3 +119,10 @@ def test_dealing() -> None:
 def test_impossible_plans_name_the_remedy(plan: dict[str, int], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
         Shards(examples=100, **plan)
+
+
+@given(plans, st.sampled_from(["spread", "ragged", "drop"]))
+def test_the_last_step_needs_none_of_the_others(plan: dict[str, int], tail: str) -> None:
+    assume(tail != "drop" or plan["examples"] >= plan["batch_size"])
+    shards = Shards(**plan, tail=tail)
+    assert (shards.step_count, shards.last_step) == (len(shards.steps), shards.steps[-1])
