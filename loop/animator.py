@@ -89,8 +89,9 @@ class Animator:
         self.axes[0].grid(alpha=0.4)
 
     def save(self) -> None:
-        """Write the curves to `path`, whole or not at all."""
-        assert self.path is not None, "an Animator without a path is saved by plt.savefig"
+        """Write the curves to `path`, whole or not at all. Raises ValueError where there is none."""
+        if self.path is None:
+            raise ValueError("an Animator without a path is saved by plt.savefig")
         self._draw()
         write_whole(self.path, self._png(dpi=150))
         self.drawn_at = time.monotonic()
@@ -107,7 +108,7 @@ class Animator:
         from IPython import display
 
         display.display(display.Image(self._png(dpi="figure")))
-        display.clear_output(wait=True)  # by what comes next: another picture or, at the cell's end, pyplot's figure
+        display.clear_output(wait=True)  # once the next output comes; at a cell's end it is pyplot's figure
 
     def _png(self, dpi: float | str) -> bytes:
         picture = io.BytesIO()

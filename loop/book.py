@@ -84,7 +84,7 @@ def correct(y_hat: Tensor, y: Tensor) -> Tensor:
     """Return `accuracy`'s number as a scalar tensor, without waiting for the device."""
     if y_hat.dim() > 1 and y_hat.shape[1] > 1:
         y_hat = y_hat.argmax(dim=1)
-    return (y_hat.type(y.dtype) == y).sum()
+    return (y_hat.to(y.dtype) == y).sum()
 
 
 def sgd(params: Iterable[Tensor], lr: float, batch_size: int) -> None:
@@ -127,10 +127,10 @@ class BookUpdater:
     """The book's two kinds of updater: an optimiser takes the mean's gradient, a function the sum's and the count."""
 
     def __init__(self, updater: torch.optim.Optimizer | Callable[[int], Any]) -> None:
-        self.updater = updater
+        self.updater, self.takes_mean = updater, isinstance(updater, torch.optim.Optimizer)
 
     def begin(self, X: Tensor, y: Tensor) -> None:
-        """Do nothing: the book zeroes the gradient after the forward pass, which may still read it."""
+        """Do nothing: the book zeroes the gradient after the forward pass and the loss, which may read it."""
 
     def backward(self, l: Tensor) -> None:
         """Back-propagate the mean for an optimiser, whose gradient is zeroed, and the sum for a function."""
@@ -178,8 +178,8 @@ def train_epoch_ch3(
     """
     if isinstance(net, nn.Module):
         net.train()
-    mean = isinstance(updater, torch.optim.Optimizer)
     updater = updater if hasattr(updater, "begin") else BookUpdater(updater)
+    mean = getattr(updater, "takes_mean", True)
     metric = metric or Accumulator(3)  # loss sum, correct predictions, examples
     for X, y, *cell in train_iter:
         updater.begin(X, y, *cell)

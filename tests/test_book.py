@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from loop.animator import Animator
-from loop.book import Accumulator, accuracy, evaluate_accuracy, sgd, train_ch3, train_epoch_ch3
+from loop.book import Accumulator, BookUpdater, accuracy, evaluate_accuracy, sgd, train_ch3, train_epoch_ch3
 from loop.data import EvalBatches
 from tests.cases import toy_split
 from tests.ranks import World
@@ -126,10 +126,10 @@ def test_metrics_weigh_every_example_of_a_short_batch_alike(
 ) -> None:
     net, (loss, optimised) = fresh_net(), LOSSES[name]
     frozen = torch.optim.SGD(net.parameters(), lr=0) if optimised else partial(sgd, list(net.parameters()), 0)
-    loss, share = train_epoch_ch3(net, train_iter, loss, frozen)
     x, y = train_iter.dataset.tensors
-    assert loss == pytest.approx(float(cross_entropy(net(x), y).detach()), rel=1e-12)
-    assert share == float((net(x).argmax(1) == y).double().mean())
+    truth = float(cross_entropy(net(x), y).detach()), float((net(x).argmax(1) == y).double().mean())
+    for updater in (frozen, BookUpdater(frozen)):
+        assert train_epoch_ch3(net, train_iter, loss, updater) == pytest.approx(truth, rel=1e-12)
 
 
 class KeepsTheLast(nn.Module):
@@ -359,6 +359,8 @@ def test_an_animators_path_is_written_without_pyplot(tmp_path: Path, pyplot: Mod
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
     assert not pyplot.get_fignums()
+    with pytest.raises(ValueError, match=r"plt\.savefig"):
+        Animator("epoch").save()
 
 
 @pytest.mark.parametrize(("kernel", "pictures"), [("Jupyter", 2), ("Colab", 2), ("terminal", 0)])
