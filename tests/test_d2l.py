@@ -322,12 +322,12 @@ def pictures_of_bytes_and_labels_of_bytes(d: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """d2l's names, with pyplot and no display: in a script, d2l would print the type of each picture."""
+    """d2l itself, with pyplot and no display: in a script, it would print the type of each picture."""
     d2l = pytest.importorskip("d2l.torch", reason="d2l is not installed (tests/requirements-d2l.txt)")
     matplotlib.use("Agg")
     monkeypatch.setattr(d2l, "display", SimpleNamespace(display=lambda _: None, clear_output=lambda wait: None))
     monkeypatch.setattr(d2l, "use_svg_display", lambda: None)
-    yield SimpleNamespace(**{name: getattr(d2l, name) for name in NAMES})
+    yield d2l
     pyplot.close("all")
 
 
@@ -352,3 +352,57 @@ def test_a_program_comes_to_the_same(name: str, theirs: Any, capsys: pytest.Capt
         expected["loss"] = expected["loss in 0.16"]
     for key, value in plain(expected).items():
         assert plain(found)[key] == (pytest.approx(value, rel=1e-6) if key.startswith("loss") else value), key
+
+
+def chapter_6(d2l: Any) -> list[Tensor]:
+    net = nn.Sequential(nn.Linear(200, 16), nn.Sigmoid(), nn.Linear(16, 10))
+    d2l.train_ch6(net, batches(), batches(100), 2, 0.5, "cpu")
+    return weights(net)
+
+
+def chapter_8(d2l: Any) -> list[Tensor]:
+    tokens = list("the time traveller for so it will be convenient to speak of him " * 40)
+    vocab = d2l.Vocab(tokens)
+    text = torch.tensor(vocab[tokens][:2560]).reshape(8, 32, 10)
+    net = d2l.RNNModel(nn.GRU(len(vocab), 16), len(vocab))
+    d2l.train_ch8(net, list(zip(text[:, :-1], text[:, 1:], strict=True)), vocab, 1.0, 20, "cpu")
+    return weights(net)
+
+
+def chapter_11(d2l: Any) -> list[Tensor]:
+    torch.manual_seed(2)
+    x = torch.randn(500, 5)
+    data = DataLoader(TensorDataset(x, x @ torch.arange(5.0)), 10)
+    d2l.train_concise_ch11(torch.optim.SGD, {"lr": 0.05}, data, num_epochs=2)
+    d2l.train_ch11(lambda params, _, rates: d2l.sgd(params, rates["lr"], 1), None, {"lr": 0.05}, data, 5)
+    return []  # the curves show its training
+
+
+def chapter_13(d2l: Any) -> list[Tensor]:
+    net = softmax()
+    updater = torch.optim.Adam(net.parameters(), lr=0.01)
+    d2l.train_ch13(net, batches(), batches(100), nn.CrossEntropyLoss(reduction="none"), updater, 2, ["cpu"])
+    return weights(net)
+
+
+@pytest.mark.parametrize("chapter", [chapter_6, chapter_8, chapter_11, chapter_13])
+def test_the_books_later_chapters_run_on_our_names(
+    chapter: Callable[[Any], list[Tensor]], theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[list[Tensor], list[Any]]:
+        torch.manual_seed(1)
+        trained = chapter(theirs)
+        figures = map(pyplot.figure, pyplot.get_fignums())
+        curves = [line.get_xydata().tolist() for figure in figures for line in figure.axes[0].lines]
+        pyplot.close("all")
+        return trained, curves
+
+    expected_weights, expected_curves = run()
+    for name in NAMES:
+        monkeypatch.setattr(theirs, name, getattr(OURS, name))
+    found_weights, found_curves = run()
+    assert plain(found_weights) == plain(expected_weights)
+    assert expected_curves
+    assert [len(curve) for curve in found_curves] == [len(curve) for curve in expected_curves]
+    for found, expected in zip(found_curves, expected_curves, strict=True):
+        assert found == [pytest.approx(point, rel=1e-6) for point in expected]
