@@ -270,7 +270,7 @@ def unmet_thresholds(train_loss: float, train_acc: float, test_acc: float) -> li
     return [demand for demand, met in demands.items() if not met]
 
 
-def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor:
+def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor | float:
     """Return the sum of a batch's losses, of one loss an example or regained from their mean (`float(l) * len(y)`).
 
     mean: whether a scalar is a mean where the loss names no reduction.
@@ -279,16 +279,18 @@ def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor:
         return l.detach().sum(dtype=widest(l.device))
     named = loss.keywords.get("reduction") if isinstance(loss, partial) else getattr(loss, "reduction", None)
     mean = {"mean": True, "batchmean": True, "sum": False}.get(str(named), mean)
-    loss_sum: Tensor = _widened(l) * (len(y) if mean else 1)
+    loss_sum: Tensor | float = _widened(l) * (len(y) if mean else 1)
     return loss_sum
 
 
 def _widened(value: Any) -> Any:
-    """Return a number as a float, a tensor of one element as a scalar of the device's widest float."""
-    if isinstance(value, Tensor):
-        value = value.detach().to(widest(value.device))
-        return value.reshape(()) if value.dim() else value
-    return float(value)
+    """Return a number, or a CPU tensor of one element, as a float; another device's as a scalar of its widest float."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.device.type == "cpu":
+        return float(value.item())
+    value = value.detach().to(widest(value.device))
+    return value.reshape(()) if value.dim() else value
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -74,7 +74,7 @@ class Config:
     net: Literal["softmax", "mlp", "lenet"] = "softmax"
     """Softmax regression, a multilayer perceptron, or LeNet: the book's three."""
     dataset: str = FASHION_MNIST
-    """fashion-mnist, or a folder with the four idx files of an MNIST-like set, plain or .gz."""
+    """fashion-mnist, or a folder that has the four idx files of an MNIST-like set in it or below it, plain or .gz."""
     data_dir: Path = Path("data")
     """Where Fashion-MNIST is kept."""
     train_examples: int | None = None

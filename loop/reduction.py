@@ -86,12 +86,16 @@ def cell_backward(
     losses.backward(torch.ones_like(losses) * scale)
 
 
-def global_count(local: Count, device: torch.device | str) -> torch.Tensor:
+def global_count(
+    local: Count, device: torch.device | str, group: torch.distributed.ProcessGroup | None = None
+) -> torch.Tensor:
     """Sum a count over all ranks: the one tiny all-reduce a step needs when no sampler knows n.
 
     local: this rank's examples, tokens or summed weights over *all* micro-batches of the step, or a tensor of several
     such counts, summed one by one. Every rank must call.
     device: the net's. A group that NCCL serves sums tensors on GPUs only.
+    group: the ranks that hold different examples, by default all. It is the group that the framework averages over, and
+    `averaged_over` is its size: where other ranks hold copies (tensor or pipeline parallelism), the data-parallel one.
     Returns a tensor on `device` in local's shape, of float64 (float32 on MPS, which has no wider type), without a wait
     for the device if local is a number or on that device already.
 
@@ -107,10 +111,10 @@ def global_count(local: Count, device: torch.device | str) -> torch.Tensor:
     else:
         total = torch.full((), local, dtype=dtype, device=device)  # as_tensor(local) would wait for a GPU
     if dist.is_available() and dist.is_initialized():
-        backends = dist.get_backend_config()  # such as "cuda:nccl"
+        backends = dist.get_backend_config(group)  # such as "cuda:nccl"
         if f"{device.type}:" not in backends:
             raise ValueError(f"cannot sum over ranks on {device}: the process group serves {backends} only")
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
     return total
 
 

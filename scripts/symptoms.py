@@ -10,6 +10,7 @@ is the number i. Where there is a net it is a single weight w, and the loss of e
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from loop.config import InputError
 from loop.reduction import cell_loss, global_count
@@ -81,11 +82,146 @@ def loss_times_world_size(fixed: bool) -> Shown:
     return Shown(f"gradient of the mean of examples 1 to {n}", gradient(net), (n + 1) / 2)
 
 
+def gathered_loss(fixed: bool) -> Shown:
+    """A loss over embeddings that all ranks have gathered: each rank's own carry the gradient, so it needs times W.
+
+    Every rank computes the same mean over all examples; DDP's average then divides each rank's share once more.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    n = 2 * world_size
+    net = DistributedDataParallel(one_weight())
+    own = net(examples(n)[2 * rank : 2 * rank + 2])
+    gathered = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(gathered, own.detach())
+    gathered[rank] = own
+    loss = torch.cat(gathered).mean()
+    if fixed:
+        loss *= world_size
+    loss.backward()
+    return Shown(f"gradient of the mean of examples 1 to {n}, gathered", gradient(net), (n + 1) / 2)
+
+
+def bypassed_ddp(fixed: bool) -> Shown:
+    """The forward bypasses DDP (`net.module(x)`): nothing is all-reduced, and each rank trains a net of its own."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    n = 2 * world_size
+    net = DistributedDataParallel(one_weight())
+    x = examples(n)[2 * rank : 2 * rank + 2]
+    (net(x) if fixed else net.module(x)).mean().backward()
+    return Shown(f"gradient of the mean of examples 1 to {n}", gradient(net), (n + 1) / 2)
+
+
+def norm_summed_twice(fixed: bool) -> Shown:
+    """The gradient's norm is summed over ranks: each rank has all of it already, so it gets sqrt(W) long."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    n = 2 * world_size
+    net = DistributedDataParallel(one_weight())
+    net(examples(n)[2 * rank : 2 * rank + 2]).mean().backward()
+    norm = nn.utils.get_total_norm([torch.tensor(gradient(net))])
+    if not fixed:
+        norm = global_count(norm**2, "cpu").sqrt()
+    return Shown(f"norm of the gradient of the mean of examples 1 to {n}", float(norm), (n + 1) / 2)
+
+
+def skipped_alone(fixed: bool) -> Shown:
+    """A rank whose loss is NaN skips the step alone: the others apply a gradient that the all-reduce has made NaN.
+
+    The cure decides on every rank alike, by one small reduce.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    net = DistributedDataParallel(one_weight())
+    weight = next(net.parameters())
+    nn.init.ones_(weight)
+    loss = net(examples(1)).mean() * (float("nan") if rank == world_size - 1 else 1)
+    loss.backward()
+    bad = torch.tensor(float(not torch.isfinite(loss)))
+    if not (global_count(bad, "cpu") if fixed else bad):
+        torch.optim.SGD(net.parameters(), lr=1).step()
+    return Shown("weight, 1 before a step in which the last rank's loss is NaN", float(weight), 1)
+
+
+def one_task_a_rank(fixed: bool) -> Shown:
+    """One task a rank: the ranks without a task average their zeros into its head. Each task has a count of its own."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    heads = nn.ModuleList(one_weight() for _ in range(world_size))
+    net = DistributedDataParallel(_Heads(heads), find_unused_parameters=True)
+    losses = net(rank, examples(2))
+    if fixed:
+        counts = global_count(2 * torch.eye(world_size, dtype=torch.float64)[rank], "cpu")  # of each task
+        cell_loss(losses, n_global=counts[rank], averaged_over=world_size).backward()
+    else:
+        losses.mean().backward()
+    return Shown("gradient of the first task's head, examples 1 and 2", gradient(heads[0]), 1.5)
+
+
+def sampler_copies(fixed: bool) -> Shown:
+    """`DistributedSampler` copies examples so that all ranks have equally many, and a metric counts the copies.
+
+    For an evaluation each rank takes `range(rank, N, W)` instead. (pytorch#25162)
+    """
+    rank, world_size, n = dist.get_rank(), dist.get_world_size(), 10 * dist.get_world_size() + 1
+    copying: DistributedSampler[Tensor] = DistributedSampler(cast("Dataset[Tensor]", examples(n)), shuffle=False)
+    x = examples(n)[list(range(rank, n, world_size) if fixed else copying)]
+    mean = global_count(x.sum(), "cpu") / global_count(len(x), "cpu")
+    return Shown(f"mean loss of examples 1 to {n}", float(mean), (n + 1) / 2)
+
+
+def set_epoch_forgotten(fixed: bool) -> Shown:
+    """`set_epoch` forgotten: a `DistributedSampler` then deals every epoch in the order of the first."""
+    sampler: DistributedSampler[Tensor] = DistributedSampler(cast("Dataset[Tensor]", examples(64)), seed=0)
+    epochs = []
+    for epoch in range(2):
+        if fixed:
+            sampler.set_epoch(epoch)
+        epochs.append(list(torch.tensor([*sampler]).split(4)))
+    again = sum(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
+    return Shown(f"batches of this rank's second epoch that repeat the first's, of {len(epochs[0])}", again, 0)
+
+
+def sampler_seeded_by_rank(fixed: bool) -> Shown:
+    """A sampler seeded by rank: the ranks' orders are not shares of one order, so examples come twice or never."""
+    n = 64
+    seed = 0 if fixed else dist.get_rank()
+    sampler: DistributedSampler[Tensor] = DistributedSampler(cast("Dataset[Tensor]", examples(n)), seed=seed)
+    seen = torch.zeros(n)
+    seen[list(sampler)] = 1
+    return Shown(f"examples that an epoch sees, of {n}", float((global_count(seen, "cpu") > 0).sum()), n)
+
+
+def unsplit_stream(fixed: bool) -> Shown:
+    """A stream that is not split: each rank reads all of it, and an epoch sees every example W times."""
+    rank, world_size, n = dist.get_rank(), dist.get_world_size(), 8
+    stream = iter(examples(n))
+    mine = itertools.islice(stream, rank, None, world_size) if fixed else stream
+    return Shown(f"examples counted in an epoch of {n}", float(global_count(sum(1 for _ in mine), "cpu")), n)
+
+
+def scheduler_per_micro_batch(fixed: bool) -> Shown:
+    """A scheduler beside the optimizer in `accumulate()`: it steps at every micro-batch, the optimizer at every K-th.
+
+    It is stepped where `sync_gradients` is true. (accelerate#963)
+    """
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    net = one_weight()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1, end_factor=0, total_iters=8)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    for _ in range(8):
+        with accelerator.accumulate(net):
+            accelerator.backward(net(examples(1)).mean())
+            optimizer.step()
+            if accelerator.sync_gradients or not fixed:
+                scheduler.step()
+            optimizer.zero_grad()
+    return Shown("learning rate after 2 of 8 steps of 4 micro-batches", float(scheduler.get_last_lr()[0]), 0.75)
+
+
 def scheduler_too_fast(fixed: bool) -> Shown:
     """Scheduler steps too fast on many GPUs: a prepared one takes W steps at each step of the optimizer.
 
-    Accelerate supposes the schedule was counted in one process's smaller batches (`split_batches=False`). Where it was
-    counted in the optimizer's steps, leave it out of `prepare`. (huggingface/accelerate#2926, transformers#24088)
+    Accelerate supposes the schedule was counted in one process's smaller batches; with `split_batches=True` it takes
+    one step. Where the schedule was counted in the optimizer's steps, leave it out of `prepare`, and step it where
+    `sync_gradients` is true. (huggingface/accelerate#2926, transformers#24088)
     """
     accelerator = Accelerator(cpu=True)
     net = one_weight()
@@ -138,9 +274,31 @@ SYMPTOMS: dict[str, Callable[[bool], Shown]] = {
     "gather-count": gather_count,
     "mean-of-means": mean_of_means,
     "loss-times-world-size": loss_times_world_size,
+    "gathered-loss": gathered_loss,
+    "bypassed-ddp": bypassed_ddp,
+    "norm-summed-twice": norm_summed_twice,
+    "skipped-alone": skipped_alone,
+    "one-task-a-rank": one_task_a_rank,
+    "sampler-copies": sampler_copies,
+    "set-epoch-forgotten": set_epoch_forgotten,
+    "sampler-seeded-by-rank": sampler_seeded_by_rank,
+    "unsplit-stream": unsplit_stream,
     "scheduler-too-fast": scheduler_too_fast,
+    "scheduler-per-micro-batch": scheduler_per_micro_batch,
     "uneven-hang": uneven_hang,
 }
+
+
+class _Heads(nn.Module):
+    """A head for each task, of which a rank uses one."""
+
+    def __init__(self, heads: nn.ModuleList) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, task: int, x: Tensor) -> Tensor:
+        out: Tensor = self.heads[task](x)
+        return out
 
 
 def examples(n: int) -> Tensor:
