@@ -284,13 +284,11 @@ def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor | f
 
 
 def _widened(value: Any) -> Any:
-    """Return a number, or a CPU tensor of one element, as a float; another device's as a scalar of its widest float."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    if value.device.type == "cpu":
-        return float(value.item())
-    value = value.detach().to(widest(value.device))
-    return value.reshape(()) if value.dim() else value
+    """Return a number as a float, a tensor of one element as a scalar of the device's widest float."""
+    if isinstance(value, Tensor):
+        value = value.detach().to(widest(value.device))
+        return value.reshape(()) if value.dim() else value
+    return float(value)
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -41,15 +42,17 @@ class Recorder:
             dynamic_ncols=True,
             disable=None if run.is_main else True,  # None: quiet where stderr is no terminal
         )
-        self.animator = None
         if run.is_main:
-            xlim = (1, max(self.config.epochs, 2))
-            path = run.folder / "curves.png"
-            self.animator = Animator("epoch", xlim=xlim, legend=CURVES, figsize=(5.0, 3.5), path=path)
             for row in run.rows():  # of a run that goes on
                 if "train/loss" in row:
                     self._show_epoch(row)
         run.ends.callback(self.bar.close)
+
+    @cached_property
+    def animator(self) -> Animator:
+        """The curves; made with their first point, as they import matplotlib."""
+        xlim = (1, max(self.config.epochs, 2))
+        return Animator("epoch", xlim=xlim, legend=CURVES, figsize=(5.0, 3.5), path=self.run.folder / "curves.png")
 
     def after_cell(self, cell: Cell, loss_sum: Tensor, correct: Tensor, examples: int) -> None:
         """Add up the step that gets a row; after its last cell, log it. The progress has counted it by then."""
@@ -125,13 +128,13 @@ class Recorder:
     def close(self) -> dict[str, Any]:
         """End the bar, draw the curves whole, and return the last epoch's row."""
         self.bar.close()
-        if self.animator:
+        if self.run.is_main:
             self.animator.save()
         return self.summary
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:
         self.summary = dict(row)
-        if self.animator:
+        if self.run.is_main:
             self.animator.add(row["epoch"], tuple(float(row[key]) for key in ("train/loss", "train/acc", "test/acc")))
 
     def _show(self, loss: float, acc: float, examples_per_s: float) -> None:

@@ -215,13 +215,15 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             return
         import wandb
 
+        there = (self.files.path / "metrics.jsonl").exists()  # else W&B's file was deleted with the run's folder
         if self.exit_code == 0:
             self._safely(self._log_curves, rows=0)
             self._safely(self._log_model, rows=0)
-        self._safely(self._summarize, rows=0)
+        if there:
+            self._safely(self._summarize, rows=0)
         uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
         self._safely(wandb.teardown, rows=0)
-        if (self.files.path / "metrics.jsonl").exists():  # else W&B's file was deleted with the run's folder
+        if there:
             self._say_where(uploaded)
 
     def _log_curves(self) -> None:
