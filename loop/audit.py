@@ -8,7 +8,16 @@
             loss(net(x), y).backward()
             optimizer.step()                 # compared here, just before; or call a.compare() before clipping
             optimizer.zero_grad()
-    print(max(reading.grad_rel_err for reading in a.readings))
+    print(a.worst())
+
+The mean of masked or weighted losses is taken over their number or their weights, which the audit must know. It reads
+them from a loss of torch.nn (`COUNTS` lists which); for any other callable, a function too, give them to each `saw`:
+
+    with audit(net, masked_mean, optimizer) as a:                          # masked_mean(net(x), (y, mask))
+        a.saw(x, (y, mask), n=mask.sum())
+
+A loss that returns a sum has `reduction="sum"`. The step is compared with the mean over all examples, whatever the loss
+returns, or with their sum under `target="sum"`.
 
 Comparing is a collective: a step that one rank is shown must be shown to all, where a rank has no example by an empty
 batch, or the others wait for it.
@@ -18,15 +27,19 @@ its own examples once more, through the bare module, and the sums are added over
 step's examples together; divided by how many there are, what one process applies. (Where the replicas have drifted
 apart no one process has such parameters: each example's gradient is then its own rank's.)
 
+A loss that joins examples of several ranks (a contrastive loss over gathered embeddings) cannot be judged: the
+reference adds up what each rank computes alone.
+
 A rightly reduced gradient is off by rounding alone: on the book's nets, 256 examples, W = 2, by 2e-16 in float64, 1e-7
 in float32, 4e-3 under bf16's autocast. tests/test_audit.py bounds them by 1e-12, 1e-5 and 2e-2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,15 +48,63 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from loop.book import widest
-from loop.reduction import Reduction
+Loss = Callable[[Any, Any], Tensor]
+Target = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def _entries(loss: Any, output: Tensor, y: Tensor) -> Tensor:
+    """Return how many losses there are, one for each entry."""
+    return output.new_tensor(torch.broadcast_shapes(output.shape, y.shape).numel(), dtype=widest(output.device))
+
+
+def _examples(loss: Any, output: Tensor, y: Tensor) -> Tensor:
+    """Return how many losses there are, one for each example. output: (B, C), or (C,) for one example."""
+    return output.new_tensor(len(output) if output.dim() > 1 else 1, dtype=widest(output.device))
+
+
+def _classes(loss: Any, output: Tensor, y: Tensor) -> Tensor:
+    """Return the summed class weights of the labels that are not ignored; of class probabilities, their number."""
+    if y.is_floating_point():
+        return output.new_tensor(y.numel() // output.shape[min(1, output.dim() - 1)], dtype=widest(output.device))
+    kept = y != loss.ignore_index
+    weights: Tensor = kept if loss.weight is None else loss.weight[y[kept]]
+    return weights.sum(dtype=widest(y.device))
+
+
+def _divergence(loss: nn.KLDivLoss, output: Tensor, y: Tensor) -> Tensor:
+    """Return how many rows there are under "batchmean"; how many entries otherwise."""
+    count = _examples if loss.reduction == "batchmean" else _entries
+    return count(loss, output, y)
+
+
+# What the mean of a loss is taken over, by its exact type: a subclass may compute something else.
+COUNTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.CrossEntropyLoss: _classes,
+    nn.NLLLoss: _classes,
+    nn.KLDivLoss: _divergence,
+    nn.MultiMarginLoss: _examples,
+    nn.MultiLabelMarginLoss: _examples,
+    nn.MultiLabelSoftMarginLoss: _examples,
+    **dict.fromkeys((nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss), _entries),
+    **dict.fromkeys((nn.BCELoss, nn.BCEWithLogitsLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss), _entries),
+}
+
+# What one rank may find and all must raise.
+FAULTS = (
+    "the net's forward draws random numbers: no audit in training mode",
+    "the net's forward writes to its buffers: to audit it would change the training",
+    "reentrant checkpointing cannot be audited: call torch.utils.checkpoint with use_reentrant=False",
+    "sparse gradients cannot be audited: build the embedding with sparse=False",
+)
 
 
 class Reading(NamedTuple):
     """What the audit of a step came to: of the rank whose gradient is furthest off, the same on all ranks.
 
     grad_rel_err: |applied - reference| / |reference|. grad_cosine: of the angle between them, 0 where one is zero.
-    grad_scale: |applied| / |mean gradient|. replica_drift: largest difference of a parameter of any rank from rank 0's.
+    grad_scale: |applied| / |mean gradient|. replica_drift: largest difference of a parameter or buffer of any rank from
+    rank 0's.
     """
 
     grad_rel_err: float
@@ -57,68 +118,98 @@ class Audit:
     """Compares applied gradients with what one process would apply; changes neither weights nor gradients.
 
     net: a module, under DDP where there are several ranks; its parameters must be whole on every rank.
-    loss: takes (net(x), y); returns one loss an example, or their mean or sum, as `reduction` says.
-    reduction: whether a step is meant to apply the mean or the sum of its examples' gradients.
+    loss: takes (net(inputs), y). reduction: what it returns: the mean of the losses, their sum, or ("none") each of
+    them; default: what a loss of torch.nn says of itself, "mean" for any other callable.
+    target: whether a step shall apply the mean or the sum of its examples' gradients.
     readings: one for each step compared, as far as they are collected.
+
+    Raises ValueError for sharded parameters (FSDP).
     """
 
-    def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], reduction: Reduction = "mean") -> None:
+    def __init__(
+        self, net: nn.Module, loss: Loss, *, reduction: Reduction | None = None, target: Target = "mean"
+    ) -> None:
         self.module = bare(net)
-        self.loss, self.reduction = loss, reduction
+        self.loss, self.target, self.count = loss, target, COUNTS.get(type(loss))
+        self.returns = reduction or (getattr(loss, "reduction", "mean") if self.count else "mean")
         self.params = [param for param in self.module.parameters() if param.requires_grad]
+        if any(hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter" for p in self.module.parameters()):
+            raise ValueError("FSDP's sharded parameters cannot be audited: audit the same loop under DDP")
         self.readings: list[Reading] = []
         self.measured: list[Tensor] = []  # (4,) a step: on this rank, of the steps not in `readings` yet
         self.total: Tensor | None = None  # of the gradients of all that this rank saw of the step
         self.n = 0.0
-        self.sums: _SumsOverRanks | None = None
+        self.found = [0.0] * len(FAULTS)
 
-    def saw(self, x: Tensor, y: Tensor, n: float | Tensor | None = None, *, last: bool = False) -> None:
+    def saw(self, inputs: Any, y: Any, n: float | Tensor | None = None) -> None:
         """Note a micro-batch of the step under way, perhaps an empty one, and back-propagate its summed loss.
 
-        n: how many losses its mean is taken over, or their summed weights. Default: as many as y has entries, but for
-        those equal to the loss's `ignore_index`. last: no more of this step is to come, on any rank: the sum over ranks
-        can begin while the training goes on.
+        inputs: what the net is called with: a tensor, a tuple or list of arguments, or a dict of named ones.
+        n: how many losses a mean is taken over, or their summed weights. Default: read from a loss in `COUNTS`.
 
-        Raises ValueError for a net whose forward draws random numbers (dropout in training mode) or depends on the
-        batch (BatchNorm, but for frozen statistics): for those there is no one gradient to compare with. And for one
-        that keeps running statistics of another kind: a second forward would change them.
+        Raises ValueError for another loss without n; for a net whose forward is random (dropout in training mode) or
+        depends on the batch (BatchNorm, unless its statistics are frozen): there is no one gradient to compare with.
+        What is found in the computation itself (`FAULTS`) is raised by the step's `compare`, on every rank.
         """
         _refuse_unrepeatable(self.module)
+        if n is None and self.count is None:
+            name = getattr(self.loss, "__name__", type(self.loss).__name__)
+            raise ValueError(f"the audit cannot know how many losses {name} counts: give saw(inputs, y, n=...)")
         if self.total is None:
             self.total = torch.zeros_like(_flat(self.params))
-        if n is None:
-            ignored = getattr(self.loss, "ignore_index", None)
-            n = y.numel() if ignored is None else int(torch.ne(y, ignored).sum())
-        if n:
-            self.total += self._summed_gradient(x, y, n)
-            self.n += float(n)
-        if last:
-            self.sums = _SumsOverRanks(self.total, self.n, self.params)
+        if not (y.numel() == 0 if n is None else n == 0):
+            self._add(inputs, y, n)
 
-    def _summed_gradient(self, x: Tensor, y: Tensor, n: float | Tensor) -> Tensor:
-        random_before, buffers_before = _random_state(x.device), _buffer_versions(self.module)
-        losses = self.loss(self.module(x), y)
-        if not torch.equal(random_before, _random_state(x.device)):
-            raise ValueError("the net's forward draws random numbers: no audit in training mode")
-        if _buffer_versions(self.module) != buffers_before:
-            raise ValueError("the net's forward writes to its buffers: to audit it would change the training")
-        loss_sum = losses.sum() if losses.dim() or self.reduction == "sum" else losses * n
-        # autograd.grad runs none of DDP's hooks and leaves .grad alone
-        return _flat(torch.autograd.grad(loss_sum, self.params, materialize_grads=True))
+    def _add(self, inputs: Any, y: Any, n: float | Tensor | None) -> None:
+        assert self.total is not None
+        device = self.total.device
+        random_before, buffers_before = _random_state(device), _buffer_versions(self.module)
+        output = _call(self.module, inputs)
+        losses = self.loss(output, y)
+        self.found[0] += not torch.equal(random_before, _random_state(device))
+        self.found[1] += _buffer_versions(self.module) != buffers_before
+        if n is None:
+            assert self.count is not None
+            n = self.count(self.loss, output, y)
+        n = float(n)
+        if n == 0 or any(self.found):
+            return
+        loss_sum = losses.sum() if losses.dim() or self.returns in ("sum", "none") else losses * n
+        try:  # autograd.grad runs none of DDP's hooks and leaves .grad alone
+            grads = torch.autograd.grad(loss_sum, self.params, materialize_grads=True)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            self.found[2] += 1
+            return
+        if any(grad.layout != torch.strided for grad in grads):
+            self.found[3] += 1
+            return
+        self.total += _flat(grads)
+        self.n += n
 
     def compare(self, divisor: float = 1) -> None:
         """Compare the gradient in `.grad` with the reference, unless nothing of this step was seen: one collective.
 
         divisor: what the update divides the gradient by; 0 stands for no update.
+
+        Raises ValueError, on every rank, for what any rank has found (`FAULTS`).
         """
         if self.total is None:
             return
-        own = _flat(self.params)
-        wide = widest(own.device)
-        total, first, n = (self.sums or _SumsOverRanks(self.total, self.n, self.params)).wait()
-        self.total, self.n, self.sums = None, 0.0, None
+        own = _flat(_state(self.module))
+        first = own if not _several() or dist.get_rank() == 0 else torch.zeros_like(own)
+        bundle = torch.cat([self.total, first, first.new_tensor([self.n, *self.found])])
+        if _several():
+            dist.all_reduce(bundle)
+        total, first, n, *found = bundle.split([len(self.total), len(own), 1, *[1] * len(FAULTS)])
+        self.total, self.n, self.found = None, 0.0, [0.0] * len(FAULTS)
+        for fault, ranks in zip(FAULTS, torch.cat(found).tolist(), strict=True):
+            if ranks:
+                raise ValueError(fault)
+        n, wide = n + (n == 0), widest(own.device)
         mean = total / n
-        reference = total if self.reduction == "sum" else mean
+        reference = total if self.target == "sum" else mean
         grads = _flat(torch.zeros_like(p) if p.grad is None else p.grad for p in self.params)
         applied = grads / divisor if divisor else torch.zeros_like(grads)
         error = _ratio(_norm(applied - reference), _norm(reference))
@@ -140,20 +231,28 @@ class Audit:
         self.readings += new
         return new
 
+    def worst(self) -> Reading:
+        """Return the collected reading with the largest error; one that is no number counts as infinite."""
+        if not self.readings:
+            raise ValueError("no step was compared: call saw() in each step to be audited, before it is taken")
+        return max(self.readings, key=lambda reading: _or_infinite(reading.grad_rel_err))
+
 
 @contextmanager
 def audit(
     net: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     optimizer: torch.optim.Optimizer,
-    reduction: Reduction = "mean",
+    *,
+    reduction: Reduction | None = None,
+    target: Target = "mean",
 ) -> Iterator[Audit]:
     """Audit each step of the optimizer, torch's or Accelerate's, that `saw` is shown (module docstring).
 
     Under fp16's GradScaler the optimizer is not told of a step that overflow skips, and its examples would count in the
     next: there call `compare` in every step, after unscaling.
     """
-    watching = Audit(net, loss, reduction)
+    watching = Audit(net, loss, reduction=reduction, target=target)
 
     def before_step(*_: object) -> None:
         watching.compare()
@@ -174,13 +273,13 @@ def bare(net: nn.Module) -> nn.Module:
 
 
 def replica_drift(net: nn.Module) -> float:
-    """Return the largest difference of a parameter between any rank and rank 0; every rank must call. 0 on one rank.
+    """Return the largest difference of a parameter or buffer between any rank and rank 0; 0 on one rank.
 
-    Two collectives: rank 0's parameters are broadcast, the largest difference is reduced.
+    Every rank must call. Two collectives: rank 0's are broadcast, the largest difference is reduced.
     """
     if not _several():
         return 0.0
-    own = _flat(net.parameters())
+    own = _flat(_state(net))
     first = own.clone()
     dist.broadcast(first, src=0)
     drift = (own - first).abs().max()
@@ -194,24 +293,6 @@ def _refuse_unrepeatable(module: nn.Module) -> None:
         if batch_norm or (isinstance(part, _DropoutNd) and part.training and part.p > 0):
             why = "depend on the batch" if batch_norm else "random"
             raise ValueError(f"{type(part).__name__} {name!r} makes the forward {why}: no audit in training mode")
-
-
-class _SumsOverRanks:
-    """One collective under way: the sums over ranks of `total` and `n`, and rank 0's parameters."""
-
-    def __init__(self, total: Tensor, n: float, params: list[nn.Parameter]) -> None:
-        own = _flat(params)
-        first = own if not _several() or dist.get_rank() == 0 else torch.zeros_like(own)
-        self.bundle = torch.cat([total, first, total.new_full((1,), n)])
-        self.work = dist.all_reduce(self.bundle, async_op=True) if _several() else None
-
-    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return total, rank 0's parameters in one vector, and n, 1 for 0."""
-        if self.work:
-            self.work.wait()
-        half = len(self.bundle) // 2
-        total, first, n = self.bundle.split([half, half, 1])
-        return total, first, n + (n == 0)
 
 
 def _worst(ranks: Tensor) -> Reading:
@@ -248,3 +329,22 @@ def _buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
 
 def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _state(net: nn.Module) -> list[Tensor]:
+    return [*net.parameters(), *net.buffers()]
+
+
+def _call(net: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs)
+
+
+def _or_infinite(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the device's widest float: float64, but on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -101,7 +101,7 @@ class Audited:
 
     def __init__(self, updater: CellUpdater, loss: Loss) -> None:
         self.updater, self.net = updater, updater.net
-        self.audit = Audit(updater.net, loss, target_reduction(updater.config))
+        self.audit = Audit(updater.net, loss, target=target_reduction(updater.config))
 
     @property
     def grad_norm(self) -> Tensor:
@@ -113,7 +113,7 @@ class Audited:
         self.updater.begin(X, y, cell)
         self.due = self.updater.config.audits(self.updater.progress.step + 1, cell.step.sizes)
         if self.due:
-            self.audit.saw(X, y, last=cell.last)
+            self.audit.saw(X, y)
 
     def backward(self, l: Tensor) -> None:
         """Back-propagate the cell's loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from loop.audit import Audit, Reading, audit
+from loop.audit import COUNTS, Audit, Reading, audit, replica_drift
 from loop.config import Config
 from loop.data import as_floats, epoch_order
 from loop.nets import make_net
@@ -229,6 +230,118 @@ class RandomForward(nn.Linear):
         return super().forward(F.dropout(x, 0.5))
 
 
+def masked_mean(output: Tensor, y: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean of w x over the tokens that the mask keeps."""
+    _, mask = y
+    return (output.squeeze(1) * mask).sum() / mask.sum()
+
+
+def by_hand(exact: bool) -> Reading:
+    """One weight w, token i loses w i: rank 0 has the tokens 1, 2 and 3, rank 1 has 9 and two that are masked."""
+    rank = torch.distributed.get_rank()
+    x = torch.tensor([[1.0, 2.0, 3.0], [9.0, 5.0, 7.0]][rank]).double().unsqueeze(1)
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]][rank]).double()
+    net = DistributedDataParallel(nn.Linear(1, 1, bias=False).double())
+    with audit(net, masked_mean, torch.optim.SGD(net.parameters(), lr=0.1)) as a:
+        a.saw(x, (x, mask), n=mask.sum())
+        (masked_mean(net(x), (x, mask)) * (mask.sum() * 2 / 4 if exact else 1)).backward()
+        a.compare()
+    return a.worst()
+
+
+def test_a_masked_mean_that_is_a_function_is_judged_by_the_count_it_gives(world: Callable[[int], World]) -> None:
+    for reading in world(2).run(by_hand, False):  # (1 + 2 + 3) / 3 = 2 and 9: 5.5, where (1 + 2 + 3 + 9) / 4 = 3.75
+        assert reading.grad_rel_err == pytest.approx((5.5 - 3.75) / 3.75, rel=1e-12)
+    for reading in world(2).run(by_hand, True):
+        assert reading.grad_rel_err < 1e-12
+
+
+def random_on_rank_0() -> str:
+    torch.manual_seed(0)
+    a = Audit(RandomForward(3, 2), nn.CrossEntropyLoss())
+    examples = 4 if torch.distributed.get_rank() == 0 else 0
+    a.saw(torch.ones(examples, 3), torch.zeros(examples, dtype=torch.long))
+    with pytest.raises(ValueError, match="draws random numbers") as error:
+        a.compare()
+    return str(error.value)
+
+
+def test_what_one_rank_finds_is_raised_on_all(world: Callable[[int], World]) -> None:
+    assert len(set(world(2).run(random_on_rank_0))) == 1
+
+
+def buffers_apart() -> float:
+    net = nn.BatchNorm1d(1)
+    net.running_mean.fill_(torch.distributed.get_rank() * 0.25)
+    return replica_drift(net)
+
+
+def test_the_drift_holds_buffers(world: Callable[[int], World]) -> None:
+    assert world(2).run(buffers_apart) == [0.25, 0.25]
+
+
+def test_a_loss_without_a_known_count_is_refused_in_one_line() -> None:
+    a = Audit(nn.Linear(3, 2), F.cross_entropy)
+    with pytest.raises(ValueError, match=r"how many losses cross_entropy counts: give saw\(inputs, y, n=...\)"):
+        a.saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_no_number_is_the_worst_reading() -> None:
+    a = Audit(nn.Linear(3, 2), nn.CrossEntropyLoss())
+    a.readings = [Reading(error, 1.0, 1.0, 0.0, 0) for error in (0.0, float("nan"), 0.0)]
+    assert a.worst() is a.readings[1]
+
+
+_labels = torch.tensor([0, 2, 1, -100])
+_probabilities = torch.tensor([[0.2, 0.3, 0.5]]).repeat(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "divisor"),
+    [
+        (nn.CrossEntropyLoss(), _labels, 3),
+        (nn.CrossEntropyLoss(ignore_index=2), torch.tensor([0, 2, 1, 2]), 2),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0])), _labels, 7),  # 1 + 4 + 2
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0]), label_smoothing=0.1), _labels, 7),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0])), _probabilities, 4),
+        (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 4.0])), _labels, 7),
+        (nn.KLDivLoss(), _probabilities, 12),
+        (nn.KLDivLoss(reduction="batchmean"), _probabilities, 4),
+        (nn.MultiMarginLoss(), torch.tensor([0, 2, 1, 0]), 4),
+        (nn.MultiLabelMarginLoss(), torch.tensor([[0, -1, 1]] * 4), 4),
+        (nn.MultiLabelSoftMarginLoss(), (_probabilities > 0.25).float(), 4),
+        (nn.MSELoss(), _probabilities, 12),
+        (nn.L1Loss(), _probabilities, 12),
+        (nn.SmoothL1Loss(), _probabilities, 12),
+        (nn.HuberLoss(), _probabilities, 12),
+        (nn.PoissonNLLLoss(), _probabilities, 12),
+        (nn.BCELoss(), _probabilities, 12),
+        (nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 2.0, 4.0])), _probabilities, 12),
+        (nn.SoftMarginLoss(), 2 * (_probabilities > 0.25).float() - 1, 12),
+        (nn.HingeEmbeddingLoss(), 2 * (_probabilities > 0.25).float() - 1, 12),
+    ],
+)
+def test_a_loss_of_torch_nn_is_divided_by_what_the_table_says(loss: nn.Module, y: Tensor, divisor: int) -> None:
+    torch.manual_seed(0)
+    output = torch.rand(4, 3)
+    summed = copy.copy(loss)
+    summed.reduction = "sum"
+    assert float(summed(output, y) / loss(output, y)) == pytest.approx(divisor, rel=1e-5)  # torch's own
+    assert float(COUNTS[type(loss)](loss, output, y)) == divisor
+
+
+def test_a_net_is_called_as_its_user_calls_it() -> None:
+    net = nn.Bilinear(2, 2, 3)
+    x, y = torch.rand(4, 2), torch.tensor([0, 2, 1, 0])
+    for inputs in ((x, x), {"input1": x, "input2": x}):
+        a = Audit(net, nn.CrossEntropyLoss())
+        a.saw(inputs, y)
+        net.zero_grad()
+        nn.CrossEntropyLoss()(net(x, x), y).backward()
+        a.compare()
+        assert a.collect()[0].grad_rel_err < 1e-6
+
+
 @pytest.mark.parametrize(
     ("part", "said"),
     [
@@ -241,8 +354,10 @@ class RandomForward(nn.Linear):
 )
 def test_a_net_without_one_gradient_is_refused(part: nn.Module, said: str) -> None:
     net = nn.Sequential(nn.Linear(3, 2), part)
+    a = Audit(net, nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=said):
-        Audit(net, nn.CrossEntropyLoss()).saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+        a.saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+        a.compare()
 
 
 def test_frozen_statistics_and_no_dropout_are_accepted() -> None:
