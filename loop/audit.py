@@ -235,7 +235,7 @@ class Audit:
         """Return the collected reading with the largest error; one that is no number counts as infinite."""
         if not self.readings:
             raise ValueError("no step was compared: call saw() in each step to be audited, before it is taken")
-        return max(self.readings, key=lambda reading: _or_infinite(reading.grad_rel_err))
+        return max(self.readings, key=lambda reading: or_infinite(reading.grad_rel_err))
 
 
 @contextmanager
@@ -341,7 +341,8 @@ def _call(net: nn.Module, inputs: Any) -> Any:
     return net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs)
 
 
-def _or_infinite(error: float) -> float:
+def or_infinite(error: float) -> float:
+    """Return the error, or infinity for one that is no number."""
     return math.inf if math.isnan(error) else error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import loop.audit
+import loop.book
 from loop.audit import COUNTS, Audit, Reading, audit, replica_drift
 from loop.config import Config
 from loop.data import as_floats, epoch_order
@@ -398,6 +402,7 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     assert right.returncode == 0, right.stderr
     audited = [row["step"] for row in rows_of(tmp_path / "a") if "audit/grad_rel_err" in row]
     assert audited == [3, 5]  # the last has 64 and 25
+    assert right.stdout.count("worst audited step: ") == 1
 
     wrong = launch(
         LAUNCHES["python"], tmp_path, *flags, "--normalize", "rank", "--audit-every", "100", "--audit-fail", "1e-5",
@@ -408,3 +413,29 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     assert said.startswith("train.py: audit failed: at step 5 rank 0's gradient is ")
     assert "under --reduction mean --normalize rank --tail ragged --updater torch, after step 5" in said
     assert rows_of(tmp_path / "b")[-1]["audit/grad_rel_err"] > 0.01
+
+
+def test_the_file_can_be_copied_and_needs_torch_alone(tmp_path: Path) -> None:
+    copy_of = tmp_path / "audit.py"
+    copy_of.write_bytes(Path(loop.audit.__file__).read_bytes())
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(("loop", "accelerate", "numpy", "wandb", "torchvision", "tqdm", "matplotlib")))
+import torch
+from audit import audit
+net, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+with audit(net, loss, optimizer) as a:
+    x, y = torch.ones(4, 3), torch.tensor([0, 1, 1, 0])
+    a.saw(x, y)
+    loss(net(x), y).backward()
+    optimizer.step()
+assert a.worst().grad_rel_err < 1e-6
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("mps")])
+def test_the_widest_float_is_the_books(device: torch.device) -> None:
+    assert loop.audit.widest(device) == loop.book.widest(device)

@@ -67,3 +67,13 @@ def last_batch(config: Config, shards: Shards) -> str:
     if census.missing:
         text += f"; {census.missing} examples of the epoch were never seen"
     return text + "."
+
+
+def worst_audit(config: Config, step: int, error: float) -> str:
+    """Return in one line the audited step whose gradient was furthest off, by how much, and what causes that."""
+    mode = f"--reduction {config.reduction} --normalize {config.normalize} --tail {config.tail}"
+    cause = (
+        "rounding alone is expected under" if config.normalize == "global" else "any more than rounding is caused by"
+    )
+    off = f"gradient {error:.3g} (relative) off one process's"
+    return f"worst audited step: {step}, {off}; {cause} {mode} --updater {config.updater}"

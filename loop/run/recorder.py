@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loop.animator import Animator
-from loop.audit import replica_drift
+from loop.audit import or_infinite, replica_drift
 from loop.book import CURVES, Accumulator, Epoch
 from loop.effect import effective_lr, steps_by_lr
 from loop.progress import Progress
+from loop.run.console import worst_audit
 from loop.run.run import Run
 from loop.shards import Cell
 from loop.updater import Audited, CellUpdater
@@ -32,6 +33,7 @@ class Recorder:
     def __init__(self, run: Run, updater: CellUpdater | Audited, progress: Progress) -> None:
         self.run, self.config, self.updater, self.progress = run, run.config, updater, progress
         self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
+        self.worst: tuple[int, float] | None = None  # audited step, and its error
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.examples_before = progress.examples  # when this process began the epoch under way
         self.summary: dict[str, Any] = {}
@@ -94,8 +96,11 @@ class Recorder:
         if rows:
             assert self.updater.audit
             for row, reading in zip(rows, self.updater.audit.collect(), strict=True):
+                step, error = int(row["step"]), or_infinite(reading.grad_rel_err)
+                if self.worst is None or error > self.worst[1]:
+                    self.worst = step, error
                 self.run.log(row | dict(zip(AUDIT_KEYS, reading[:-1], strict=True)))
-                self.run.decide(reading=reading, step=int(row["step"]))
+                self.run.decide(reading=reading, step=step)
 
     def after_epoch(self, epoch: Epoch) -> None:
         """Log an epoch's row and draw its points."""
@@ -130,6 +135,8 @@ class Recorder:
         self.bar.close()
         if self.run.is_main:
             self.animator.save()
+        if self.worst:
+            self.run.say(worst_audit(self.config, *self.worst))
         return self.summary
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:
