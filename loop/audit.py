@@ -114,6 +114,14 @@ class Reading(NamedTuple):
     rank: int
 
 
+class Shown(NamedTuple):
+    """Examples that `saw` was shown on all ranks: how many, how many came before, whether in the last epoch's order."""
+
+    examples: int
+    repeated: int
+    same_order: bool
+
+
 class Audit:
     """Compares applied gradients with what one process would apply; changes neither weights nor gradients.
 
@@ -140,6 +148,8 @@ class Audit:
         self.total: Tensor | None = None  # of the gradients of all that this rank saw of the step
         self.n = 0.0
         self.found = [0.0] * len(FAULTS)
+        self.hashes: list[Tensor] = []  # of the examples of the epoch under way, on this rank
+        self.last_epoch: list[list[int]] | None = None
 
     def saw(self, inputs: Any, y: Any, n: float | Tensor | None = None) -> None:
         """Note a micro-batch of the step under way, perhaps an empty one, and back-propagate its summed loss.
@@ -151,6 +161,11 @@ class Audit:
         depends on the batch (BatchNorm, unless its statistics are frozen): there is no one gradient to compare with.
         What is found in the computation itself (`FAULTS`) is raised by the step's `compare`, on every rank.
         """
+        self.hashes.append(_hashes([*_tensors(inputs), *_tensors(y)]))
+        self.add(inputs, y, n)
+
+    def add(self, inputs: Any, y: Any, n: float | Tensor | None = None) -> None:
+        """Do what `saw` does, but for the examples that `end_epoch` reports."""
         _refuse_unrepeatable(self.module)
         if n is None and self.count is None:
             name = getattr(self.loss, "__name__", type(self.loss).__name__)
@@ -230,6 +245,23 @@ class Audit:
         self.measured = []
         self.readings += new
         return new
+
+    def end_epoch(self) -> Shown:
+        """Return what is repeated among the examples since the last call, from a hash of each: one collective.
+
+        It needs `saw` in every step of the epoch. A sampler seeded by rank or a stream that is not split repeats
+        examples; without `set_epoch` the order is the last epoch's, as it is where nothing is shuffled. Equal examples
+        count as repeated; augmentation makes one example differ each time, so that neither is found.
+        """
+        mine = torch.cat(self.hashes).tolist() if self.hashes else []
+        ranks: list[list[int]] = [mine]
+        if _several():
+            ranks = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(ranks, mine)
+        shown = [example for rank in ranks for example in rank]
+        same_order = ranks == self.last_epoch
+        self.hashes, self.last_epoch = [], ranks
+        return Shown(len(shown), len(shown) - len(set(shown)), same_order)
 
     def worst(self) -> Reading:
         """Return the collected reading with the largest error; one that is no number counts as infinite."""
@@ -339,6 +371,21 @@ def _call(net: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return net(**inputs)
     return net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else [value]
+    return [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.dim()]
+
+
+def _hashes(tensors: list[Tensor]) -> Tensor:
+    """Return an integer for each example: a fixed random combination of its bytes, modulo 2^64. tensors: (B, ...)."""
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.zeros(len(tensors[0]), dtype=torch.int64)
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous().reshape(len(tensor), tensor[:1].numel()).view(torch.uint8).long()
+        sums += (data * torch.randint(2**62, data.shape[1:], generator=generator)).sum(1)
+    return sums
 
 
 def or_infinite(error: float) -> float:

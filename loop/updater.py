@@ -113,7 +113,7 @@ class Audited:
         self.updater.begin(X, y, cell)
         self.due = self.updater.config.audits(self.updater.progress.step + 1, cell.step.sizes)
         if self.due:
-            self.audit.saw(X, y)
+            self.audit.add(X, y)
 
     def backward(self, l: Tensor) -> None:
         """Back-propagate the cell's loss."""

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import loop.audit
 import loop.book
-from loop.audit import COUNTS, Audit, Reading, audit, replica_drift
+from loop.audit import COUNTS, Audit, Reading, Shown, audit, replica_drift
 from loop.config import Config
 from loop.data import as_floats, epoch_order
 from loop.nets import make_net
@@ -413,6 +413,45 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     assert said.startswith("train.py: audit failed: at step 5 rank 0's gradient is ")
     assert "under --reduction mean --normalize rank --tail ragged --updater torch, after step 5" in said
     assert rows_of(tmp_path / "b")[-1]["audit/grad_rel_err"] > 0.01
+
+
+def epochs_of(order: Callable[[int, int], list[int]]) -> list[Shown]:
+    rank = torch.distributed.get_rank()
+    a = Audit(nn.Linear(1, 2), nn.CrossEntropyLoss())
+    shown = []
+    for epoch in range(2):
+        for i in order(rank, epoch):
+            a.saw(torch.full((1, 1), float(i)), torch.zeros(1, dtype=torch.long))
+        shown.append(a.end_epoch())
+    return shown
+
+
+def split_and_shuffled(rank: int, epoch: int) -> list[int]:
+    return [[0, 2, 4], [2, 4, 0]][epoch] if rank == 0 else [1, 3, 5]
+
+
+def set_epoch_forgotten(rank: int, epoch: int) -> list[int]:
+    return [rank, rank + 2, rank + 4]
+
+
+def not_split(rank: int, epoch: int) -> list[int]:
+    return [0, 1, 2, 3] if epoch == 0 else [3, 2, 1, 0]
+
+
+def seeded_by_rank(rank: int, epoch: int) -> list[int]:
+    return [0, 1, 2 + epoch] if rank == 0 else [1, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("order", "repeated", "same_order"),
+    [(split_and_shuffled, 0, False), (set_epoch_forgotten, 0, True), (not_split, 4, False), (seeded_by_rank, 2, False)],
+)
+def test_the_epoch_tells_who_sees_which_examples(
+    world: Callable[[int], World], order: Callable[[int, int], list[int]], repeated: int, same_order: bool
+) -> None:
+    for first, second in world(2).run(epochs_of, order):
+        assert (first.repeated, second.repeated) == (repeated, repeated)
+        assert (first.same_order, second.same_order) == (False, same_order)
 
 
 def test_the_file_can_be_copied_and_needs_torch_alone(tmp_path: Path) -> None:
