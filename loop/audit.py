@@ -8,6 +8,7 @@
             loss(net(x), y).backward()
             optimizer.step()                 # compared here, just before; or call a.compare() before clipping
             optimizer.zero_grad()
+        print(a.end_epoch())                 # which examples came twice; whether in the last epoch's order
     print(a.worst())
 
 The mean of masked or weighted losses is taken over their number or their weights, which the audit must know. It reads
@@ -53,33 +54,32 @@ Target = Literal["mean", "sum"]
 Reduction = Literal["mean", "sum", "none"]
 
 
-def _entries(loss: Any, output: Tensor, y: Tensor) -> Tensor:
+def _entries(loss: Any, output: Tensor, y: Tensor) -> int:
     """Return how many losses there are, one for each entry."""
-    return output.new_tensor(torch.broadcast_shapes(output.shape, y.shape).numel(), dtype=widest(output.device))
+    return math.prod(torch.broadcast_shapes(output.shape, y.shape))
 
 
-def _examples(loss: Any, output: Tensor, y: Tensor) -> Tensor:
+def _examples(loss: Any, output: Tensor, y: Tensor) -> int:
     """Return how many losses there are, one for each example. output: (B, C), or (C,) for one example."""
-    return output.new_tensor(len(output) if output.dim() > 1 else 1, dtype=widest(output.device))
+    return len(output) if output.dim() > 1 else 1
 
 
-def _classes(loss: Any, output: Tensor, y: Tensor) -> Tensor:
+def _classes(loss: Any, output: Tensor, y: Tensor) -> Tensor | int:
     """Return the summed class weights of the labels that are not ignored; of class probabilities, their number."""
     if y.is_floating_point():
-        return output.new_tensor(y.numel() // output.shape[min(1, output.dim() - 1)], dtype=widest(output.device))
+        return y.numel() // output.shape[min(1, output.dim() - 1)]
     kept = y != loss.ignore_index
-    weights: Tensor = kept if loss.weight is None else loss.weight[y[kept]]
+    weights: Tensor = kept if loss.weight is None else loss.weight[torch.where(kept, y, 0)] * kept
     return weights.sum(dtype=widest(y.device))
 
 
-def _divergence(loss: nn.KLDivLoss, output: Tensor, y: Tensor) -> Tensor:
-    """Return how many rows there are under "batchmean"; how many entries otherwise."""
-    count = _examples if loss.reduction == "batchmean" else _entries
-    return count(loss, output, y)
+def _divergence(loss: nn.KLDivLoss, output: Tensor, y: Tensor) -> int:
+    """Return how many rows there are under "batchmean"; how many entries under "mean"."""
+    return (_examples if loss.reduction == "batchmean" else _entries)(loss, output, y)
 
 
 # What the mean of a loss is taken over, by its exact type: a subclass may compute something else.
-COUNTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+COUNTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor | int]] = {
     nn.CrossEntropyLoss: _classes,
     nn.NLLLoss: _classes,
     nn.KLDivLoss: _divergence,
@@ -89,14 +89,6 @@ COUNTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
     **dict.fromkeys((nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss), _entries),
     **dict.fromkeys((nn.BCELoss, nn.BCEWithLogitsLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss), _entries),
 }
-
-# What one rank may find and all must raise.
-FAULTS = (
-    "the net's forward draws random numbers: no audit in training mode",
-    "the net's forward writes to its buffers: to audit it would change the training",
-    "reentrant checkpointing cannot be audited: call torch.utils.checkpoint with use_reentrant=False",
-    "sparse gradients cannot be audited: build the embedding with sparse=False",
-)
 
 
 class Reading(NamedTuple):
@@ -131,7 +123,7 @@ class Audit:
     target: whether a step shall apply the mean or the sum of its examples' gradients.
     readings: one for each step compared, as far as they are collected.
 
-    Raises ValueError for sharded parameters (FSDP).
+    Raises ValueError for sharded parameters (FSDP, `fully_shard`).
     """
 
     def __init__(
@@ -140,14 +132,18 @@ class Audit:
         self.module = bare(net)
         self.loss, self.target, self.count = loss, target, COUNTS.get(type(loss))
         self.returns = reduction or (getattr(loss, "reduction", "mean") if self.count else "mean")
-        self.params = [param for param in self.module.parameters() if param.requires_grad]
-        if any(hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter" for p in self.module.parameters()):
+        if isinstance(loss, nn.KLDivLoss) and self.returns in ("sum", "none"):
+            self.count = None  # torch has two means of it
+        if any(type(part).__name__ == "FullyShardedDataParallel" for part in net.modules()) or any(
+            hasattr(param, "full_tensor") for param in net.parameters()
+        ):
             raise ValueError("FSDP's sharded parameters cannot be audited: audit the same loop under DDP")
+        self.params = [param for param in self.module.parameters() if param.requires_grad]
         self.readings: list[Reading] = []
         self.measured: list[Tensor] = []  # (4,) a step: on this rank, of the steps not in `readings` yet
         self.total: Tensor | None = None  # of the gradients of all that this rank saw of the step
-        self.n = 0.0
-        self.found = [0.0] * len(FAULTS)
+        self.n: Tensor = torch.zeros(())
+        self.fault = ""  # why this rank cannot be audited
         self.hashes: list[Tensor] = []  # of the examples of the epoch under way, on this rank
         self.last_epoch: list[list[int]] | None = None
 
@@ -159,7 +155,7 @@ class Audit:
 
         Raises ValueError for another loss without n; for a net whose forward is random (dropout in training mode) or
         depends on the batch (BatchNorm, unless its statistics are frozen): there is no one gradient to compare with.
-        What is found in the computation itself (`FAULTS`) is raised by the step's `compare`, on every rank.
+        `collect` raises, on every rank, what one rank finds in the computation itself.
         """
         self.hashes.append(_hashes([*_tensors(inputs), *_tensors(y)]))
         self.add(inputs, y, n)
@@ -172,60 +168,53 @@ class Audit:
             raise ValueError(f"the audit cannot know how many losses {name} counts: give saw(inputs, y, n=...)")
         if self.total is None:
             self.total = torch.zeros_like(_flat(self.params))
-        if not (y.numel() == 0 if n is None else n == 0):
+            self.n = torch.zeros((), dtype=widest(self.total.device), device=self.total.device)
+        if not self.fault and len(_tensors(inputs)[0]):
             self._add(inputs, y, n)
 
     def _add(self, inputs: Any, y: Any, n: float | Tensor | None) -> None:
         assert self.total is not None
-        device = self.total.device
-        random_before, buffers_before = _random_state(device), _buffer_versions(self.module)
+        random_before, buffers_before = _random_state(self.total.device), _buffer_versions(self.module)
         output = _call(self.module, inputs)
         losses = self.loss(output, y)
-        self.found[0] += not torch.equal(random_before, _random_state(device))
-        self.found[1] += _buffer_versions(self.module) != buffers_before
+        if not torch.equal(random_before, _random_state(self.total.device)):
+            self.fault = "the net's forward draws random numbers: no audit in training mode"
+        elif _buffer_versions(self.module) != buffers_before:
+            self.fault = "the net's forward writes to its buffers: to audit it would change the training"
         if n is None:
-            assert self.count is not None
+            assert self.count
             n = self.count(self.loss, output, y)
-        n = float(n)
-        if n == 0 or any(self.found):
-            return
+        n = torch.zeros_like(self.n) + n  # on the device, which nothing here waits for
         loss_sum = losses.sum() if losses.dim() or self.returns in ("sum", "none") else losses * n
-        try:  # autograd.grad runs none of DDP's hooks and leaves .grad alone
-            grads = torch.autograd.grad(loss_sum, self.params, materialize_grads=True)
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):
-                raise
-            self.found[2] += 1
+        if _is_reentrant(loss_sum):
+            self.fault = "reentrant checkpointing cannot be audited: call checkpoint(..., use_reentrant=False)"
             return
+        # runs none of DDP's hooks and leaves .grad alone
+        grads = torch.autograd.grad(loss_sum, self.params, materialize_grads=True)
         if any(grad.layout != torch.strided for grad in grads):
-            self.found[3] += 1
+            self.fault = "sparse gradients cannot be audited: build the embedding with sparse=False"
             return
-        self.total += _flat(grads)
+        self.total += torch.where(n == 0, 0.0, _flat(grads))  # a mean over none is no number
         self.n += n
 
     def compare(self, divisor: float = 1) -> None:
         """Compare the gradient in `.grad` with the reference, unless nothing of this step was seen: one collective.
 
         divisor: what the update divides the gradient by; 0 stands for no update.
-
-        Raises ValueError, on every rank, for what any rank has found (`FAULTS`).
         """
         if self.total is None:
             return
         own = _flat(_state(self.module))
         first = own if not _several() or dist.get_rank() == 0 else torch.zeros_like(own)
-        bundle = torch.cat([self.total, first, first.new_tensor([self.n, *self.found])])
+        bundle = torch.cat([self.total, first, self.n.to(own.dtype).view(1)])
         if _several():
             dist.all_reduce(bundle)
-        total, first, n, *found = bundle.split([len(self.total), len(own), 1, *[1] * len(FAULTS)])
-        self.total, self.n, self.found = None, 0.0, [0.0] * len(FAULTS)
-        for fault, ranks in zip(FAULTS, torch.cat(found).tolist(), strict=True):
-            if ranks:
-                raise ValueError(fault)
-        n, wide = n + (n == 0), widest(own.device)
-        mean = total / n
+        total, first, n = bundle.split([len(self.total), len(own), 1])
+        self.total = None
+        wide = widest(own.device)
+        mean = total / torch.where(n == 0, 1, n)
         reference = total if self.target == "sum" else mean
-        grads = _flat(torch.zeros_like(p) if p.grad is None else p.grad for p in self.params)
+        grads = _flat(torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self.params)
         applied = grads / divisor if divisor else torch.zeros_like(grads)
         error = _ratio(_norm(applied - reference), _norm(reference))
         cosine = _ratio(applied.to(wide) @ reference.to(wide), _norm(applied) * _norm(reference))
@@ -233,16 +222,22 @@ class Audit:
         self.measured.append(torch.stack([error, cosine, scale, (own - first).abs().max().to(wide)]))
 
     def collect(self) -> list[Reading]:
-        """Return the readings of the steps compared since the last call: one collective, none without such steps."""
+        """Return the readings of the steps compared since the last call: one collective, none without such steps.
+
+        Raises ValueError, on every rank, where any rank has found that its steps cannot be audited.
+        """
         if not self.measured:
             return []
-        mine = torch.stack(self.measured)
-        ranks = [mine]
+        steps, self.measured = torch.stack(self.measured), []
+        steps = torch.cat([steps, torch.full_like(steps[:, :1], bool(self.fault))], dim=1)
+        ranks = [steps]
         if _several():
-            ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(ranks, mine)
-        new = [_worst(step) for step in torch.stack(ranks, dim=1).cpu()]
-        self.measured = []
+            ranks = [torch.empty_like(steps) for _ in range(dist.get_world_size())]
+            dist.all_gather(ranks, steps)
+        gathered = torch.stack(ranks, dim=1).cpu()
+        if gathered[..., 4].any():
+            raise ValueError(next(filter(None, _gathered(self.fault))))
+        new = [_worst(step) for step in gathered[..., :4]]
         self.readings += new
         return new
 
@@ -253,11 +248,7 @@ class Audit:
         examples; without `set_epoch` the order is the last epoch's, as it is where nothing is shuffled. Equal examples
         count as repeated; augmentation makes one example differ each time, so that neither is found.
         """
-        mine = torch.cat(self.hashes).tolist() if self.hashes else []
-        ranks: list[list[int]] = [mine]
-        if _several():
-            ranks = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(ranks, mine)
+        ranks: list[list[int]] = _gathered(torch.cat(self.hashes).tolist() if self.hashes else [])
         shown = [example for rank in ranks for example in rank]
         same_order = ranks == self.last_epoch
         self.hashes, self.last_epoch = [], ranks
@@ -288,6 +279,8 @@ def audit(
 
     def before_step(*_: object) -> None:
         watching.compare()
+        if not watching.readings:
+            watching.collect()  # a net that cannot be audited is refused at the first step
 
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the one that steps
     hook = inner.register_step_pre_hook(before_step)
@@ -334,6 +327,15 @@ def _worst(ranks: Tensor) -> Reading:
     return Reading(error, cosine, scale, float(ranks[:, 3].max()), worst)
 
 
+def _gathered(value: Any) -> list[Any]:
+    """Return every rank's value, in rank order."""
+    if not _several():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -363,6 +365,17 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+def _is_reentrant(loss_sum: Tensor) -> bool:
+    """Return whether a part of the graph is a reentrant checkpoint, in which `autograd.grad` finds no parameter."""
+    seen, stack = set(), [loss_sum.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return any(node.name() == "CheckpointFunctionBackward" for node in seen)
+
+
 def _state(net: nn.Module) -> list[Tensor]:
     return [*net.parameters(), *net.buffers()]
 
@@ -381,10 +394,11 @@ def _tensors(value: Any) -> list[Tensor]:
 def _hashes(tensors: list[Tensor]) -> Tensor:
     """Return an integer for each example: a fixed random combination of its bytes, modulo 2^64. tensors: (B, ...)."""
     generator = torch.Generator().manual_seed(0)
-    sums = torch.zeros(len(tensors[0]), dtype=torch.int64)
+    sums = torch.zeros(len(tensors[0]), dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
-        data = tensor.detach().cpu().contiguous().reshape(len(tensor), tensor[:1].numel()).view(torch.uint8).long()
-        sums += (data * torch.randint(2**62, data.shape[1:], generator=generator)).sum(1)
+        data = tensor.detach().reshape(len(tensor), tensor[:1].numel()).contiguous().view(torch.uint8).long()
+        factors = torch.randint(2**62, data.shape[1:], generator=generator)
+        sums += (data * factors.to(data.device, non_blocking=True)).sum(1)
     return sums
 
 

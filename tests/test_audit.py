@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import loop.audit
@@ -265,13 +268,54 @@ def random_on_rank_0() -> str:
     a = Audit(RandomForward(3, 2), nn.CrossEntropyLoss())
     examples = 4 if torch.distributed.get_rank() == 0 else 0
     a.saw(torch.ones(examples, 3), torch.zeros(examples, dtype=torch.long))
+    a.compare()
     with pytest.raises(ValueError, match="draws random numbers") as error:
-        a.compare()
+        a.collect()
     return str(error.value)
 
 
 def test_what_one_rank_finds_is_raised_on_all(world: Callable[[int], World]) -> None:
     assert len(set(world(2).run(random_on_rank_0))) == 1
+
+
+class Reentrant(nn.Linear):
+    """Recomputes its activations as `torch.utils.checkpoint` did at first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
+
+
+def unsupported() -> list[str]:
+    said = []
+    labels = torch.tensor([0, 1])
+    for net, x in (
+        (Reentrant(3, 2), torch.ones(2, 3)),
+        (nn.Embedding(3, 2, sparse=True), labels),
+    ):
+        loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1)
+        mine = slice(2 * (torch.distributed.get_rank() == 0))  # an empty batch on rank 1
+        with pytest.raises(ValueError) as error, audit(net, loss, optimizer) as a:
+            a.saw(x[mine], labels[mine])
+            loss(net(x), labels).backward()
+            optimizer.step()
+        said.append(str(error.value))
+    for shard in (fully_shard, partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)):
+        with pytest.raises(ValueError) as error:
+            Audit(shard(nn.Linear(3, 2)), nn.CrossEntropyLoss())
+        said.append(str(error.value))
+    return said
+
+
+def test_what_is_not_supported_is_one_line_that_says_what_to_do(world: Callable[[int], World]) -> None:
+    sharded = "FSDP's sharded parameters cannot be audited: audit the same loop under DDP"
+    assert world(2).run(unsupported) == 2 * [
+        [
+            "reentrant checkpointing cannot be audited: call checkpoint(..., use_reentrant=False)",
+            "sparse gradients cannot be audited: build the embedding with sparse=False",
+            sharded,
+            sharded,
+        ]
+    ]
 
 
 def buffers_apart() -> float:
@@ -362,6 +406,7 @@ def test_a_net_without_one_gradient_is_refused(part: nn.Module, said: str) -> No
     with pytest.raises(ValueError, match=said):
         a.saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
         a.compare()
+        a.collect()
 
 
 def test_frozen_statistics_and_no_dropout_are_accepted() -> None:
@@ -402,7 +447,9 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     assert right.returncode == 0, right.stderr
     audited = [row["step"] for row in rows_of(tmp_path / "a") if "audit/grad_rel_err" in row]
     assert audited == [3, 5]  # the last has 64 and 25
-    assert right.stdout.count("worst audited step: ") == 1
+    last = right.stdout.splitlines()[-1]
+    assert last.startswith("worst audited step: ")
+    assert last.endswith("off one process's: only rounding is left")
 
     wrong = launch(
         LAUNCHES["python"], tmp_path, *flags, "--normalize", "rank", "--audit-every", "100", "--audit-fail", "1e-5",
@@ -412,7 +459,11 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     (said,) = wrong.stderr.splitlines()
     assert said.startswith("train.py: audit failed: at step 5 rank 0's gradient is ")
     assert "under --reduction mean --normalize rank --tail ragged --updater torch, after step 5" in said
-    assert rows_of(tmp_path / "b")[-1]["audit/grad_rel_err"] > 0.01
+    error = rows_of(tmp_path / "b")[-1]["audit/grad_rel_err"]
+    assert error > 0.01
+    last = wrong.stdout.splitlines()[-1]
+    assert last.startswith(f"worst audited step: 5, where the gradient is {error:.3g} (relative) off one process's")
+    assert last.endswith("caused by --normalize rank --reduction mean --updater torch with --tail ragged")
 
 
 def epochs_of(order: Callable[[int, int], list[int]]) -> list[Shown]:
@@ -459,11 +510,15 @@ def test_the_file_can_be_copied_and_needs_torch_alone(tmp_path: Path) -> None:
     copy_of.write_bytes(Path(loop.audit.__file__).read_bytes())
     program = """
 import sys
-sys.modules.update(dict.fromkeys(("loop", "accelerate", "numpy", "wandb", "torchvision", "tqdm", "matplotlib")))
 import torch
-from audit import audit
 net, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # which imports what torch itself needs
+class TorchAlone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "audit"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, TorchAlone())
+from audit import audit
 with audit(net, loss, optimizer) as a:
     x, y = torch.ones(4, 3), torch.tensor([0, 1, 1, 0])
     a.saw(x, y)
@@ -473,6 +528,25 @@ assert a.worst().grad_rel_err < 1e-6
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_kullback_leibler_sum_needs_a_count_as_torch_has_two_means_of_it() -> None:
+    for reduction in ("sum", "none"):
+        with pytest.raises(ValueError, match="how many losses KLDivLoss counts"):
+            Audit(nn.Linear(3, 2), nn.KLDivLoss(reduction=reduction)).saw(torch.ones(4, 3), torch.ones(4, 2))
+
+
+def test_an_audited_step_waits_for_no_device() -> None:
+    """On `meta`, where a value that is read raises."""
+    weight = torch.ones(2, device="meta")
+    net, loss = nn.Linear(3, 2, device="meta"), nn.CrossEntropyLoss(weight=weight)
+    x, y = torch.ones(4, 3, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    a = Audit(net, loss)
+    a.saw(x, y)
+    a.saw(x, y, n=torch.ones((), device="meta"))
+    loss(net(x), y).backward()
+    a.compare()
+    assert len(a.measured) == 1
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("mps")])

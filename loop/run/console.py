@@ -70,10 +70,13 @@ def last_batch(config: Config, shards: Shards) -> str:
 
 
 def worst_audit(config: Config, step: int, error: float) -> str:
-    """Return in one line the audited step whose gradient was furthest off, by how much, and what causes that."""
-    mode = f"--reduction {config.reduction} --normalize {config.normalize} --tail {config.tail}"
-    cause = (
-        "rounding alone is expected under" if config.normalize == "global" else "any more than rounding is caused by"
-    )
-    off = f"gradient {error:.3g} (relative) off one process's"
-    return f"worst audited step: {step}, {off}; {cause} {mode} --updater {config.updater}"
+    """Return in one line which audited step's gradient was furthest off, by how much, and which flags cause that."""
+    rounding = 2e-2 if config.mixed_precision != "no" else 1e-12 if config.dtype == "float64" else 1e-5
+    if error <= rounding:
+        cause = "only rounding is left"
+    elif config.normalize == "rank":
+        mode = f"--normalize rank --reduction {config.reduction} --updater {config.updater}"
+        cause = f"caused by {mode} with --tail {config.tail}"
+    else:
+        cause = "more than rounding, which no flag explains"
+    return f"worst audited step: {step}, where the gradient is {error:.3g} (relative) off one process's: {cause}"

@@ -36,6 +36,7 @@ class Recorder:
         self.worst: tuple[int, float] | None = None  # audited step, and its error
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.examples_before = progress.examples  # when this process began the epoch under way
+        run.ends.callback(self._say_worst)  # the last line, also of a run that `--audit-fail` ends
         self.summary: dict[str, Any] = {}
         self.bar = tqdm(
             total=self.config.epochs * len(run.shards.steps),
@@ -135,9 +136,11 @@ class Recorder:
         self.bar.close()
         if self.run.is_main:
             self.animator.save()
+        return self.summary
+
+    def _say_worst(self) -> None:
         if self.worst:
             self.run.say(worst_audit(self.config, *self.worst))
-        return self.summary
 
     def _show_epoch(self, row: Mapping[str, Any]) -> None:
         self.summary = dict(row)
