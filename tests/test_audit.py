@@ -263,6 +263,76 @@ def test_a_masked_mean_that_is_a_function_is_judged_by_the_count_it_gives(world:
         assert reading.grad_rel_err < 1e-12
 
 
+CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 5.0]).double()
+LOSSES: dict[str, tuple[Any, str, Callable[[Tensor], Any]]] = {  # loss, kind of y, its count where it must be given
+    "masked function": (F.cross_entropy, "labels", lambda y: (y != -100).sum()),
+    "masked": (nn.CrossEntropyLoss(), "labels", lambda y: None),
+    "class weights": (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), "labels", lambda y: None),
+    "smoothed": (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.1), "labels", lambda y: None),
+    "each": (nn.CrossEntropyLoss(reduction="none"), "labels", lambda y: None),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), "labels", lambda y: None),
+    "entries": (nn.MSELoss(), "reals", lambda y: None),
+    "weighted entries": (nn.BCEWithLogitsLoss(weight=CLASS_WEIGHTS), "probabilities", lambda y: None),
+    "rows": (nn.KLDivLoss(reduction="batchmean"), "probabilities", lambda y: None),
+    "function": (lambda output, y: (output - y).pow(4).mean(), "reals", lambda y: y.numel()),
+}
+
+
+def examples_of(kind: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return rank 0's and rank 1's: 6 and 3 examples of three features and three classes, most of rank 1's masked."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    reals = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, -100, -100])
+    y = {"labels": labels, "reals": reals, "probabilities": reals.softmax(1)}[kind]
+    return list(x.split([6, 3])), list(y.split([6, 3]))
+
+
+def divisor_of(name: str, y: Tensor) -> float:
+    """By hand: what the mean is taken over."""
+    kept = [int(label) for label in y if label >= 0] if y.dim() == 1 else []
+    if name in ("class weights", "smoothed"):
+        return sum((1.0, 2.0, 5.0)[label] for label in kept)
+    return len(kept) or (len(y) if name == "rows" else y.numel())
+
+
+def judged(name: str, exact: bool) -> tuple[float, float]:
+    """The audit's figure of a step on 2 ranks, and the true distance from the gradient of all examples in one batch."""
+    loss, kind, count = LOSSES[name]
+    xs, ys = examples_of(kind)
+    rank = torch.distributed.get_rank()
+    x, y = xs[rank], ys[rank]
+    torch.manual_seed(0)
+    net = nn.Linear(3, 3).double()
+    whole = loss(net(torch.cat(xs)), torch.cat(ys)).sum()
+    n_local, n_global = divisor_of(name, y), divisor_of(name, torch.cat(ys))
+    sums = name in ("sum", "each")
+    right = torch.autograd.grad(whole / n_global if sums else whole, list(net.parameters()))
+    ddp = DistributedDataParallel(net)
+    with audit(ddp, loss, torch.optim.SGD(net.parameters(), lr=0.1)) as a:
+        a.saw(x, y, n=count(y))
+        own = loss(ddp(x), y).sum()
+        weight = 2 / n_global if sums else 2 * n_local / n_global
+        wrong = 1 / n_local if sums else 1  # DDP's mean of the ranks' means
+        (own * (weight if exact else wrong)).backward()
+        a.compare()
+    applied = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    reference = torch.cat([g.flatten() for g in right])
+    return a.worst().grad_rel_err, float((applied - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_right_loops_raise_no_false_alarm_and_wrong_ones_read_their_true_distance(
+    world: Callable[[int], World], name: str
+) -> None:
+    for read, distance in world(2).run(judged, name, True):
+        assert distance < 1e-12
+        assert read < 1e-12
+    for read, distance in world(2).run(judged, name, False):
+        assert distance > 0.05
+        assert read == pytest.approx(distance, rel=1e-9)
+
+
 def random_on_rank_0() -> str:
     torch.manual_seed(0)
     a = Audit(RandomForward(3, 2), nn.CrossEntropyLoss())
