@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, Protocol, cast, get_type_hints
@@ -48,6 +49,8 @@ def command(run: Callable[..., int | None]) -> Main:
         except InputError as error:
             if reports_errors:
                 print(f"{name}: error: {error}", file=sys.stderr)
+            else:
+                time.sleep(1)  # a launcher ends the other ranks as soon as one has failed
             return 2
         except KeyboardInterrupt:
             return 130

@@ -1,7 +1,9 @@
 """Show what an epoch's last step does on W ranks, under every tail and mode: by arithmetic, without torch.
 
-python -m scripts.explain --examples 60000 --batch-size 256 --world-size 8
-python -m scripts.explain --examples 1000 --batch-size 64 --world-size 3 --accumulate 2 --png cells.png
+    python -m scripts.explain --examples 60000 --batch-size 256 --world-size 8
+    python -m scripts.explain --examples 1000 --batch-size 64 --world-size 3 --accumulate 2 --png cells.png
+
+It prints how each tail deals the step to the ranks, and what each mode makes an example weigh.
 """
 
 from __future__ import annotations

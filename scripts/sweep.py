@@ -29,6 +29,7 @@ from tqdm import tqdm
 from loop.config import Config, InputError, check_run_name, parse
 from loop.run.fetch import ensure_dataset
 from loop.run.folder import FAILED
+from loop.run.resume import MAY_CHANGE_ON_RESUME
 from loop.run.run import Run
 from scripts.command import command
 
@@ -97,7 +98,10 @@ def is_finished(run: Planned) -> bool:
     if not has_ended(run):
         return False
     made_by = asdict(parse(json.loads((run.folder / "config.json").read_text())["argv"][1:]))
-    different = [name for name, value in asdict(run.config).items() if made_by[name] != value]
+    may_change = MAY_CHANGE_ON_RESUME - {"epochs"}  # as when a run was gone on with by hand
+    different = [
+        name for name, value in asdict(run.config).items() if made_by[name] != value and name not in may_change
+    ]
     if different:
         change = ", ".join(different)
         raise InputError(f"{run.folder} was made with another {change}: choose another --group, or move it away")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from loop.config import InputError, parse
-from scripts.sweep import grid, plan
+from scripts.sweep import grid, is_finished, plan
 from tests.launches import kill, launch, rows_of, start
 
 SWEEP = [sys.executable, "-m", "scripts.sweep", "--group", "g"]
@@ -53,6 +53,18 @@ def test_axes_that_share_values_do_not_share_names(tmp_path: Path) -> None:
 def test_runs_of_another_precision_get_a_launch_of_their_own(tmp_path: Path) -> None:
     runs = plan(["--out", str(tmp_path), "--mixed-precision", "no", "bf16"], [1], "g")
     assert len({run.launch_key for run in runs}) == 2
+
+
+def test_a_run_that_was_gone_on_with_by_hand_is_still_the_studys(tmp_path: Path) -> None:
+    (run,) = plan(["--out", str(tmp_path)], [1], "g")
+    run.folder.mkdir()
+    (run.folder / "summary.json").write_text("{}")
+    config = run.folder / "config.json"
+    config.write_text(json.dumps({"argv": ["train.py", *run.line, "--resume", "auto", "--log-every", "7"]}))
+    assert is_finished(run)
+    config.write_text(json.dumps({"argv": ["train.py", *run.line, "--lr", "2"]}))
+    with pytest.raises(InputError, match="was made with another lr"):
+        is_finished(run)
 
 
 @pytest.mark.slow  # 15 s

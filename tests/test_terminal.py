@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loop.run.stopping import StopSignal
 from tests.launches import PYTHON, kill, start
 
 TINY = "--cpu --train-examples 300 --epochs 1 --wandb disabled --run-name run"
@@ -72,3 +73,20 @@ def test_train_sh_ends_with_the_message_and_the_signals_exit_code(tmp_path: Path
     command = f"bash scripts/train.sh {' '.join(flags[:-2])} --out {tmp_path} --run-name run --resume auto"
     assert last.endswith(f"is kept. To go on: {command}")
     assert "Traceback" not in stderr
+
+
+def test_only_a_signal_to_stop_stops_a_run() -> None:
+    old = signal.signal(signal.SIGWINCH, lambda *_: None)  # a handler of Python's, as a library may set one
+    try:
+        with StopSignal() as stop:
+            stop.handled.set()  # else the process would end
+            os.kill(os.getpid(), signal.SIGWINCH)
+            time.sleep(0.3)
+            assert stop.signum == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while not stop.signum and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert stop.signum == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGWINCH, old)

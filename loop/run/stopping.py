@@ -26,7 +26,7 @@ LAUNCHER = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.env
 class StopSignal:
     """Notes the first SIGTERM or SIGINT, or the death of the launcher as a SIGTERM, between `with` and its end.
 
-    signum: the signal noted, 0 for none. handled: to be set by the code that acts on it, or no longer needs to.
+    signum: the signal noted, 0 for none. handled: set once the signal has been acted on, or can no longer matter.
     last_resort: called in a thread, with the exit code, if `handled` is not set within GRACE_S seconds; then the
     process ends. None, as at first, where nothing would be lost: the process ends at once.
     """
@@ -63,6 +63,8 @@ class StopSignal:
         while noted is None:
             try:
                 noted = self.reader.recv(1)
+                if noted and noted[0] not in SIGNALS:  # another signal that Python handles, such as a worker's SIGCHLD
+                    noted = None
             except TimeoutError:
                 if LAUNCHER not in (None, os.getppid()):  # and with the launcher whoever would stop us
                     self.orphaned, noted = True, bytes([signal.SIGTERM])
