@@ -44,10 +44,14 @@ def main() -> None:
                 print(f"train.py: {config.folder(shards.world_size)} is finished")
             sys.exit()
         if not config.check:
-            sys.exit(train(config))  # the process's end is its group's
+            sys.exit(train(config))  # the process group is destroyed when the process exits
         check(config)
         if reporting:
             print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
+    except SystemExit as end:  # of flags that cannot be parsed, too
+        if end.code and not reporting:
+            time.sleep(1)  # a launcher ends the other ranks as soon as one has failed: not before the error is printed
+        raise
     except InputError as error:
         if reporting:
             print(f"train.py: error: {error}", file=sys.stderr)

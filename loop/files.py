@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -11,7 +12,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises OSError where it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         scratch.write_bytes(content)
         sync(scratch)

@@ -199,9 +199,24 @@ def test_a_checkpoint_from_before_its_sizes_were_kept_is_gone_on_from(cut: Path)
 def test_a_folder_with_rows_of_nobody_is_left_alone(cut: Path) -> None:
     (cut / "config.json").unlink()
     before = (cut / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match=r"has a metrics.jsonl, but no config.json"):
+    with pytest.raises(InputError, match=r"has files, but no config.json"):
         run_here("--run-name cut --resume auto", cut.parent)
     assert (cut / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_no_run(cut: Path) -> None:
+    (cut.parent / "documents").mkdir()
+    (cut.parent / "documents" / "letter.txt").touch()
+    with pytest.raises(InputError, match=r"documents has files, but no config.json: it is no run's folder"):
+        run_here("--run-name documents --resume auto", cut.parent)
+    assert [path.name for path in (cut.parent / "documents").iterdir()] == ["letter.txt"]
+
+
+def test_a_finished_run_that_trains_on_is_not_finished_meanwhile(cut: Path) -> None:
+    whole = cut.parent / "whole"
+    assert (whole / "summary.json").exists()
+    assert run_here("--run-name whole --resume auto --epochs 3", cut.parent, crash_at=12)[0] == -1
+    assert not (whole / "summary.json").exists()
 
 
 def test_only_a_folder_made_for_a_run_that_cannot_begin_is_removed(cut: Path) -> None:
@@ -327,6 +342,14 @@ def test_a_path_that_is_no_use_is_refused_before_anything_starts(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (cut.parent / "new").exists()
+
+
+def test_a_set_with_another_number_of_classes_is_other_mathematics(cut: Path) -> None:
+    labels = cut.parent / "train-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.write_bytes(content[:-1] + bytes([26]))
+    with pytest.raises(InputError, match=r"was trained with other mathematics \(classes 10 -> 27\)"):
+        run_here("--run-name cut --resume auto", cut.parent)
 
 
 def test_a_run_that_another_process_trains_is_refused(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from loop.run.watchdog import is_from_backend
+from loop.run.watchdog import first_line, is_from_backend
 from scripts import soak
 from tests.conftest import mount
 from tests.forks import Forked
@@ -233,6 +233,11 @@ def test_only_a_rank_that_is_at_fault_is_accused_and_the_backend_is_quoted(fault
 
 def test_an_error_that_only_names_a_backend_is_left_to_its_traceback() -> None:
     assert not is_from_backend(RuntimeError("cannot read /data/NCCL or /data/gloo.idx"))
+    assert not is_from_backend(RuntimeError("/home/u/gloo/runs/run/model.safetensors: No space left on device"))
+    assert is_from_backend(
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    )
+    assert first_line(RuntimeError()) == "RuntimeError()"
 
 
 NO_FLOCK = """

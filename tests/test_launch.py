@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 import train
 from loop.config import Config, InputError, parse
 from loop.run.launch import HOW_TO_CONFIGURE, check_launch
+from loop.run.run import Run
 from tests.launches import PYTHON, free_port, launch
 
 TINY = ["--cpu", "--train-examples", "300", "--epochs", "1", "--wandb", "disabled", "--run-name", "run"]
@@ -123,6 +124,7 @@ LEFT_OVER = [  # what a shell may have left over, as (rank, world size) would be
     ({"RANK": "1"}, "RANK=1, but the number of ranks is 1: unset"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, but the number of ranks is 2: unset"),
     ({"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=3, but the number of ranks is 2: unset"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: unset it"),
     ({"WORLD_SIZE": "\u00b3"}, "WORLD_SIZE=\u00b3 is no number: unset it"),
     ({"OMPI_COMM_WORLD_SIZE": "abc"}, "OMPI_COMM_WORLD_SIZE=abc is no number: unset it"),
     ({"ACCELERATE_TORCH_DEVICE": "xpu"}, "ACCELERATE_TORCH_DEVICE=xpu: unset it"),
@@ -217,6 +219,15 @@ def test_accelerates_way_over_mpi_trains_on_all_ranks(tmp_path: Path, by: str) -
     done = launch([*how, "train.py"], tmp_path / "out", *TINY, **environ)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "run" / "config.json").read_text())["world_size"] == 2
+
+
+def test_no_rank_is_accused_while_the_trackers_of_a_run_that_is_over_take_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off: list[bool] = []
+    monkeypatch.setattr(Run, "_finish_trackers", lambda run: off.append(run.watchdog.ended.is_set()))
+    assert train.train(parse([*TINY, "--out", str(tmp_path)])) == 0
+    assert off == [True]
 
 
 def test_tf32_is_part_of_what_decides_the_weights(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from loop.reduction import global_count
 from loop.run.folder import write_json
 from loop.run.resume import NAMES, STATE, mathematics, state_of
 from loop.run.run import Run
-from loop.run.watchdog import is_from_backend
+from loop.run.watchdog import first_line, is_from_backend
 from loop.shards import Cell
 from loop.updater import Audited, CellUpdater
 
@@ -124,11 +124,10 @@ class Checkpoints:
             if self.replicas_differ:
                 self.module.load_state_dict(load_file(self._replica(checkpoint)))
         except Exception as error:
-            if is_from_backend(error):
+            if is_from_backend(error) or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"{checkpoint} cannot be loaded ({reason}): remove it, and its run goes on without"
+                f"{checkpoint} cannot be loaded ({first_line(error)}): remove it, and its run goes on without"
             ) from error
         self.progress.restore(state_of(checkpoint)["progress"], run.rank, run.world_size)
         self.good = [checkpoint]
@@ -145,7 +144,7 @@ def failing_as_os_error(where: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = where.is_dir() and shutil.disk_usage(where).free < FULL
-        reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+        reason = os.strerror(errno.ENOSPC) if full else first_line(error)
         raise OSError(f"{where}: {reason}") from error
 
 

@@ -32,6 +32,8 @@ class RunFolder:
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path, self.new = path, new
+        if not new and run_id_of(path) is None and {each.name for each in path.iterdir()} - {"metrics.jsonl", ".lock"}:
+            raise InputError(f"--resume: {path} has files, but no config.json: it is no run's folder")
         self.rows = (path / "metrics.jsonl").open("ab", buffering=0)  # else close() would try a failed write again
         self._lock()
         known = run_id_of(path)

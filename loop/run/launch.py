@@ -44,7 +44,7 @@ HOW_TO_LAUNCH = (
 
 
 def reports_errors() -> bool:
-    """Whether errors that all ranks meet are this process's to report: the first of each machine does."""
+    """Whether this process prints the errors that every rank meets: the first rank of each machine does."""
     try:
         return launched_world_size() == 1 or launched_local_rank() == 0
     except InputError:
@@ -58,9 +58,11 @@ def check_launch(args: list[str]) -> None:
     """
     if any(arg.startswith(("--local-rank", "--local_rank")) for arg in args):
         raise InputError("`python -m torch.distributed.launch` adds --local-rank: use torchrun instead")
+    world_size = launched_world_size()
+    if world_size < 1:
+        raise InputError(f"{_set(WORLD_SIZE)}={world_size}: unset it, or let a launcher set it")
     for names in (RANK, LOCAL_RANK, LOCAL_WORLD_SIZE):
-        name = next((name for name in names if name in os.environ), "")
-        number, world_size = _from_environment(names, 0), launched_world_size()
+        name, number = _set(names), _from_environment(names, 0)
         if number >= world_size + (names == LOCAL_WORLD_SIZE):
             raise InputError(
                 f"{name}={number}, but the number of ranks is {world_size}: unset what another launch has left over in "
@@ -105,7 +107,7 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
-    from loop.run.watchdog import is_from_backend
+    from loop.run.watchdog import first_line, is_from_backend
 
     _refuse_other_parallelism(config)
     by_accelerate = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
@@ -129,7 +131,7 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
     except InputError:
         raise
     except Exception as error:  # of many kinds: what a configuration asks for may not be installed, or not fit
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         if is_from_backend(error):
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise InputError(f"the ranks cannot join each other at {where}: {reason}") from None
@@ -176,7 +178,10 @@ def leave_ranks() -> None:
 
 
 def prepare_net(accelerator: Accelerator, net: nn.Module) -> nn.Module:
-    """Return the net on the run's device, under DDP where there are several ranks; raises InputError if it is not."""
+    """Return the net on the run's device, under DDP where there are several ranks.
+
+    Raises InputError where Accelerate has wrapped it in anything else.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     prepared: nn.Module = accelerator.prepare(net)
@@ -225,8 +230,13 @@ def _refuse_other_parallelism(config: Config) -> None:
         )
 
 
+def _set(names: tuple[str, ...]) -> str:
+    """Return the first of the variables that is set, "" where none is."""
+    return next((name for name in names if os.environ.get(name)), "")
+
+
 def _from_environment(names: tuple[str, ...], default: int) -> int:
-    name = next((name for name in names if os.environ.get(name)), "")
+    name = _set(names)
     value = os.environ.get(name, str(default))
     if not (value.isascii() and value.isdigit()):
         raise InputError(f"{name}={value} is no number: unset it, or let a launcher set it")

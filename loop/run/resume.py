@@ -28,7 +28,7 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def keep_what_is_not_told(config: Config, args: list[str], world_size: int) -> Config:
-    """Return the configuration of a run that goes on by `--resume auto`: where no flag is given, what it had before.
+    """Return the configuration of a run that goes on by `--resume auto`: flags that are not given keep their value.
 
     args: the command line. Raises InputError for a damaged run.
     """

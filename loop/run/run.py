@@ -12,16 +12,16 @@ import platform
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loop.config import Config
+from loop.config import Config, InputError
 from loop.effect import steps_by_lr, target_reduction
 from loop.run.folder import FAILED, git_commit, installed, write_json
-from loop.run.launch import leave_ranks_at_exit
+from loop.run.launch import leave_ranks_at_exit, reports_errors
 from loop.run.stopping import StopSignal
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ class Run:
         described = self._describe()
         if self.is_main:
             write_json(self.folder / "config.json", described)
-            (self.folder / FAILED).unlink(missing_ok=True)
+            for end in (FAILED, "summary.json"):  # of a run that goes on
+                (self.folder / end).unlink(missing_ok=True)
             for tracker in self.trackers:
                 tracker.files = self.files
         self.accelerator.init_trackers("", described)
@@ -262,6 +263,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
         together = error is None or isinstance(error, RunEnded)  # all ranks end
+        if together:
+            self.watchdog.ended.set()  # the others' beats may end while this one's trackers take their time
         handled = together or self._report(error)
         if isinstance(error, RunEnded):
             self.exit_code = error.exit_code
@@ -269,7 +272,8 @@ class Run:
             self.say(f"train.py: {error} after step {self.progress.step}.{then}", file=sys.stderr)
             self.failed = not isinstance(error, Stopped)
             if self.failed and self.is_main:
-                write_json(self.folder / FAILED, {"reason": str(error), "step": self.progress.step})
+                with suppress(OSError):  # the line above has said it
+                    write_json(self.folder / FAILED, {"reason": str(error), "step": self.progress.step})
         elif error is None:
             self.exit_code = 0
         self.stop.handled.set()
@@ -283,6 +287,10 @@ class Run:
         from loop.run.watchdog import first_line, is_from_backend
 
         assert error
+        if isinstance(error, InputError):  # train.py prints it, on the ranks that report errors
+            if self.watchdog.is_first_to_fail() and not reports_errors():
+                print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+            return False
         line = f"the run cannot be saved: {error}" if isinstance(error, OSError) else None
         if is_from_backend(error):
             cause = self.watchdog.cause() or "a collective failed"
@@ -297,6 +305,7 @@ class Run:
             if cause:
                 print(f"train.py: error: {cause}. {self.how_to_go_on()}", file=sys.stderr, flush=True)
             self._finish_trackers()
+            sys.stdout.flush()
         finally:
             os._exit(1)
 

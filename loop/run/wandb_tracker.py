@@ -125,7 +125,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         if self.run is not None:
             self._safely(self._define_metrics, rows=0)
             self._safely(lambda: self.beside.update(last_step=self._last_step_table(values)), rows=0)
-            self.held = self._count_held()
+            self._safely(self._count_held, rows=0)
             for row in self.files.read():  # of a run that goes on: W&B may have less of it, or more
                 self.log(row)
 
@@ -248,12 +248,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             if finite := [value for value in values if math.isfinite(value)]:
                 self.run.summary[key] = {best.__name__: best(finite), "last": values[-1]}
 
-    def _count_held(self) -> int:
-        """Return how many of the run's rows W&B has from before: on its server, or in earlier files."""
+    def _count_held(self) -> None:
+        """Note how many of the run's rows W&B has from before: on its server, or in earlier files."""
         if self.mode.name == "online":
-            return int(self.run.starting_step)
-        earlier = [folder for folder in self._offline_folders() if folder != Path(self.run.settings.sync_dir)]
-        return sum(count_rows(folder) or 0 for folder in earlier)
+            self.held = int(self.run.starting_step)
+        else:
+            earlier = [folder for folder in self._offline_folders() if folder != Path(self.run.settings.sync_dir)]
+            self.held = sum(count_rows(folder) or 0 for folder in earlier)
 
     def _offline_folders(self) -> list[Path]:
         return sorted((self.files.path / "wandb").resolve().glob("offline-run-*"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import threading
 import time
@@ -97,8 +98,8 @@ class Watchdog:
     def _in_time(self, ask: Callable[[], T], otherwise: T) -> T:
         """Return what the store answers within ANSWER_S.
 
-        On a thread: where a cable is cut, a TCPStore's own time-out goes on to wait for the store's consent to it,
-        which TCP gives up after 15 minutes.
+        On a thread: where a cable is cut, a TCPStore still waits, after its own time-out, for the server's reply: up
+        to 15 minutes.
         """
         answers: list[T] = []
         asking = threading.Thread(target=lambda: answers.append(ask()), name="ask the store", daemon=True)
@@ -179,12 +180,12 @@ class Watchdog:
 
 def is_from_backend(error: BaseException) -> bool:
     """Whether a collective has failed: the error is NCCL's, gloo's (which names its source file), or a store's."""
-    return isinstance(error, DistError) or "/gloo/" in str(error)
+    return isinstance(error, DistError) or re.search(r"/gloo/[\w/]+\.\w+:\d+\]", str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:
     """Return an error's first line, and the reason that NCCL adds in a later one."""
-    text = str(error)
+    text = str(error) or repr(error)
     return " ".join([text.splitlines()[0], *text.partition("Last error:\n")[2].splitlines()[:1]])
 
 
