@@ -13,7 +13,18 @@ from loop.run.fetch import fetch_fashion_mnist
 from tests.ranks import World
 from tests.wandb_stub import KEY, WandbStub
 
-LONGEST = ("tracking", "faults", "train", "readme", "speed", "compare", "peers", "audit")  # of the files, in this order
+LONGEST = (
+    "readme_commands",
+    "soak",
+    "tracking",
+    "faults",
+    "train",
+    "readme",
+    "speed",
+    "compare",
+    "peers",
+    "audit",
+)  # of the files, in this order
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
-nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (tests/requirements-d2l.txt)")
-nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (tests/requirements-d2l.txt)")
-pytest.importorskip("ipykernel", reason="ipykernel is not installed (tests/requirements-d2l.txt)")
 
 COLAB = "shell = get_ipython(); shell.__class__ = type('Shell', (type(shell),), {})"
 TRAINING = """
@@ -30,6 +27,10 @@ def train(epochs):
 
 def outputs(folder: Path, *cells: str) -> list[list[Any]]:
     """Run a notebook; return what stands under each cell in the end."""
+    nbclient, nbformat, _ = (
+        pytest.importorskip(name, reason=f"{name} is not installed (tests/requirements-d2l.txt)")
+        for name in ("nbclient", "nbformat", "ipykernel")
+    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     setup = nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(Path.cwd())!r})")
     notebook.cells.insert(0, setup)

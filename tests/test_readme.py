@@ -36,22 +36,21 @@ PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "
 LAUNCHER = r"(?:[A-Z_]+=\S+ )*(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, pages: list[str] = PAGES) -> list[str]:
     """The pages' code blocks in a language."""
-    return [
-        block for page in PAGES for block in re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    ]
+    fenced = rf"^```{language}\n(.*?)^```"
+    return [block for page in pages for block in re.findall(fenced, page, re.MULTILINE | re.DOTALL)]
 
 
-def commands() -> list[tuple[str, str]]:
+def commands(pages: list[str] = PAGES) -> list[tuple[str, str]]:
     """Each command of the pages, with the comment on the line below it ('' where there is none)."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks("bash", pages)).replace("\\\n", " ").splitlines()
     found = [
         (line.split(" # ")[0].strip(), below.removeprefix("# ") if below.startswith("# ") else "")
         for line, below in zip(lines, [*lines[1:], ""], strict=True)
         if line and not line.startswith(("#", "export "))
     ]
-    text = re.sub(r"^```.*?^```", "", "\n".join(PAGES), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", "\n".join(pages), flags=re.MULTILINE | re.DOTALL)
     inline = re.findall(rf"`({LAUNCHER}[^`]+)`", text)
     return found + [(" ".join(command.split()), "") for command, _ in inline]
 
