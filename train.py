@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def check(config: Config) -> None:
-    """Check what takes an import of torch, or a server's answer, where the flags ask for it."""
+    """Check what needs torch imported or a server asked, where the flags call for it."""
     if config.mixed_precision == "fp16":
         count_gpus(config)
     if config.wandb == "online":

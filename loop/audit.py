@@ -26,7 +26,7 @@ batch, or the others wait for it.
 The reference uses neither DDP nor any count of ranks or micro-batches: every rank back-propagates the *summed* loss of
 its own examples once more, through the bare module, and the sums are added over ranks. That is the gradient of all the
 step's examples together; divided by how many there are, what one process applies. (Where the replicas have drifted
-apart no one process has such parameters: each example's gradient is then its own rank's.)
+apart no single process has these parameters: each example's gradient is then taken at its own rank's.)
 
 A loss that joins examples of several ranks (a contrastive loss over gathered embeddings) cannot be judged: the
 reference adds up what each rank computes alone.
@@ -92,7 +92,7 @@ COUNTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor | int]] = {
 
 
 class Reading(NamedTuple):
-    """What the audit of a step came to: of the rank whose gradient is furthest off, the same on all ranks.
+    """The figures of an audited step, those of the worst rank; every rank gets the same.
 
     grad_rel_err: |applied - reference| / |reference|. grad_cosine: of the angle between them, 0 where one is zero.
     grad_scale: |applied| / |mean gradient|. replica_drift: largest difference of a parameter or buffer of any rank from
@@ -161,7 +161,7 @@ class Audit:
         self.add(inputs, y, n)
 
     def add(self, inputs: Any, y: Any, n: float | Tensor | None = None) -> None:
-        """Do what `saw` does, but for the examples that `end_epoch` reports."""
+        """Note a micro-batch as `saw` does, but do not hash its examples: `end_epoch` does not count them."""
         _refuse_unrepeatable(self.module)
         if n is None and self.count is None:
             name = getattr(self.loss, "__name__", type(self.loss).__name__)

@@ -107,7 +107,7 @@ class Updater(Protocol):
         """Prepare for the forward pass: zero the gradient where a step begins."""
 
     def backward(self, l: Tensor) -> None:
-        """Back-propagate the loss, a scalar or one a loss per example."""
+        """Back-propagate the loss, a scalar or one loss per example."""
 
     def step(self, X: Tensor) -> None:
         """Update the parameters, where a step ends. X: the batch just back-propagated."""

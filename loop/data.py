@@ -20,7 +20,7 @@ from loop.shards import Cell, Shards
 class Split(NamedTuple):
     """One half of a set. images: uint8, (N, 28, 28), 0 to 255. labels: int64, (N,). dtype: of batches made of it.
 
-    size: of what a run trains on, both halves considered. remarks: what the user should know about the set.
+    size: the number of training examples, and of classes over both halves. remarks: what the user should know.
     """
 
     images: Tensor
@@ -56,7 +56,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Spl
 
 
 def _remarks(train: Split, test: Split) -> Iterator[str]:
-    """Yield what makes a set that can be read hard to learn."""
+    """Yield warnings about a set that can be read, but is hard to learn from."""
     low, high = int(train.images.min()), int(train.images.max())
     if high < 128:
         yield f"warning: the train images' pixels range from {low} to {high}; the nets are made for 0 to 255"
@@ -107,7 +107,7 @@ class TrainBatches:
 class EvalBatches:
     """One rank's share of a test set, as (X, y) of at most `batch_size`: over all ranks, every example exactly once.
 
-    Every rank has as many batches, the last perhaps empty, so that one that has fallen behind can be told.
+    Every rank has as many batches, the last perhaps empty, so that the watchdog can see which rank is late.
     """
 
     def __init__(self, split: Split, rank: int = 0, world_size: int = 1, batch_size: int = 1000) -> None:

@@ -14,7 +14,11 @@ from loop.reduction import Normalize, Reduction, cell_scale
 
 
 class Effect(NamedTuple):
-    """What a mode does to a step. lightest, heaviest: weight of an example, times n. length: over the exact mean's."""
+    """What a mode does to a step.
+
+    lightest, heaviest: weight of an example, times n. length: of the step, over the exact mean's. lr_effective: see
+    `effective_lr`. drifts: whether the ranks' updaters divide by different numbers.
+    """
 
     lightest: float
     heaviest: float
@@ -35,8 +39,8 @@ def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
 def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[int]) -> list[float]:
     """Return the weight of one example of each cell in the step's gradient; 1/n is an exact mean's.
 
-    The weights times the sizes add up to the step's length in units of the mean gradient's where all examples agree: 1
-    for a mean, n for a sum.
+    The weights times the sizes add up to the step's length in units of the mean gradient's where all examples agree:
+    under `global` 1 for a mean, n for a sum.
     """
     n, cells = sum(sizes), len(sizes)
     scales = (cell_scale(reduction, normalize, n_local=s, n_global=n, averaged_over=cells) for s in sizes)

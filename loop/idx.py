@@ -86,7 +86,7 @@ def _read_half(folder: Path, paths: dict[str, Path]) -> Half:
 
 
 def _find(folder: Path, half: str, kind: str) -> Path:
-    """Return the one file that holds a half's images or labels; of the same file plain and packed, the plain one."""
+    """Return the one file that holds a half's images or labels; the plain one, if it is there plain and as .gz."""
     try:
         there = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
     except OSError as error:

@@ -13,7 +13,8 @@ class Progress:
     """A run's position, between two steps; the loop's first observer.
 
     epoch: the one under way, from 1. epoch_steps: how many of its steps are taken. step, examples: over the whole run.
-    skipped_steps: by the fp16 scaler. sums: (loss sum, correct, examples) of the epoch so far, on this rank.
+    skipped_steps: by the fp16 scaler. sums: (loss sum, correct, examples) of the epoch so far, on this rank; at its end
+    of all ranks, until `after_epoch`.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Progress:
     def restore(self, saved: dict[str, Any], rank: int, world_size: int) -> None:
         """Return to a saved position.
 
-        saved: the position, and "sums", those of each rank; of more or fewer ranks than now, rank 0 takes them all.
+        saved: the position, and "sums", those of each rank; if the number of ranks has changed, rank 0 gets the total.
         """
         sums: Sequence[Sequence[float]] = [[float(value) for value in of_rank] for of_rank in saved["sums"]]
         if len(sums) != world_size:

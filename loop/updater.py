@@ -23,7 +23,7 @@ class CellUpdater:
     """Turns each cell's losses into its part of the gradient, and takes the step after the last (an `Updater`).
 
     net: as `accelerator.prepare` returned it. optimizer: None for the scratch updater.
-    grad_norm: of the gradient of the last step that gets a row, before clipping. audit: see `Audited`.
+    grad_norm: of the gradient of the last `--log-every` step, before clipping and dividing. audit: see `Audited`.
     """
 
     audit: Audit | None = None
@@ -42,7 +42,7 @@ class CellUpdater:
         self.grad_norm = torch.zeros(())
 
     def begin(self, X: Tensor, y: Tensor, cell: Cell) -> None:
-        """Zero the gradient where a step begins; let DDP all-reduce in the step's last backward only."""
+        """Drop an optimizer's gradient where a step begins; let DDP all-reduce in the step's last backward only."""
         self.cell = cell
         if isinstance(self.net, DistributedDataParallel):
             self.net.require_backward_grad_sync = cell.last  # what `no_sync()` sets for the length of a `with`
@@ -51,7 +51,7 @@ class CellUpdater:
                 param.grad = None
 
     def backward(self, l: Tensor) -> None:
-        """Back-propagate the cell's loss; DDP's all-reduce divides by W. l: one loss an example."""
+        """Back-propagate the cell's loss; DDP's all-reduce divides by W. l: one loss per example."""
         config, n_global, cells = self.config, self.cell.step.n_global, len(self.cell.step.sizes)
         mode: Any = {"reduction": config.reduction, "normalize": config.normalize, "n_global": n_global}
         if isinstance(self.optimizer, AcceleratedOptimizer):  # its backward divides by K, and scales fp16's loss
