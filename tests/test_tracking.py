@@ -135,7 +135,7 @@ def wait_for_rows(out: Path, count: int, seconds: float = 60) -> Path:
 
 
 @pytest.mark.slow  # 9 s
-def test_with_no_key_a_run_starts_training_within_two_seconds_more(tmp_path: Path) -> None:
+def test_with_no_key_a_run_starts_training_within_two_seconds_and_an_import(tmp_path: Path) -> None:
     def seconds_to_first_row(mode: str) -> float:
         began = time.monotonic()
         environ = {"HOME": str(tmp_path), "WANDB_MODE": ""}  # no netrc, no settings
@@ -145,7 +145,10 @@ def test_with_no_key_a_run_starts_training_within_two_seconds_more(tmp_path: Pat
         kill(process)
         return seconds
 
-    assert seconds_to_first_row("auto") - seconds_to_first_row("disabled") < 2
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import wandb"], check=True)
+    imported = time.monotonic() - began  # which differs from machine to machine
+    assert seconds_to_first_row("auto") - seconds_to_first_row("disabled") < 2 + imported
 
 
 # --- online, against a stand-in for the service ----------------------------------------------------------------------
