@@ -94,7 +94,8 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Cell]]:
         order = epoch_order(self.shards.examples, self.seed, self.progress.epoch - 1)
-        end = max(step.start + step.n_global for step in self.shards.steps)
+        last = self.shards.last_step
+        end = last.start + last.n_global
         if end > len(order):  # `pad` wraps round
             order = order[torch.arange(end) % len(order)]
         order = order.to(self.split.images.device, non_blocking=True)

@@ -57,7 +57,11 @@ def read_set(folder: Path) -> tuple[Half, Half]:
     except OSError as error:
         remedy = f"; {FASHION_MNIST} is the one set known by name" if isinstance(error, FileNotFoundError) else ""
         raise InputError(f"--dataset {folder}: cannot be read: {error.strerror}{remedy}") from None
-    train, test = ({kind: _find(folder, half, kind) for kind in KINDS} for half in HALVES)
+    try:
+        there = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    except OSError as error:
+        raise InputError(f"--dataset {folder}: cannot be read: {error.strerror}") from None
+    train, test = ({kind: _find(folder, there, half, kind) for kind in KINDS} for half in HALVES)
     return _read_half(folder, train), _read_half(folder, test)
 
 
@@ -85,12 +89,8 @@ def _read_half(folder: Path, paths: dict[str, Path]) -> Half:
     return Half(count, images, labels, (names[0], names[1]))
 
 
-def _find(folder: Path, half: str, kind: str) -> Path:
+def _find(folder: Path, there: list[Path], half: str, kind: str) -> Path:
     """Return the one file that holds a half's images or labels; the plain one, if it is there plain and as .gz."""
-    try:
-        there = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
-    except OSError as error:
-        raise InputError(f"--dataset {folder}: cannot be read: {error.strerror}") from None
     found = [path for path in there if kind in path.name.lower() and any(w in path.name.lower() for w in HALVES[half])]
     plain = [path for path in found if not _packed(path)]
     packed = [path for path in found if _packed(path) and path.with_suffix("") not in plain]

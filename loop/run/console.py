@@ -14,7 +14,7 @@ from loop.shards import Shards, sizes_in_words
 
 def opening(config: Config, shards: Shards, device: str, folder: Path) -> str:
     """Return what the run will do: data, device, ranks, cells, steps, tail, mode."""
-    full, last = shards.steps[0], shards.steps[-1]
+    full, last = shards.steps[0], shards.last_step
     lines = [
         f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} x {len(shards.steps)} steps",
         f"{shards.world_size} rank(s) on {device}, {config.dtype}, mixed precision {config.mixed_precision}",
@@ -43,7 +43,7 @@ def results(summary: Mapping[str, float], skipped_steps: int) -> str:
 
 def last_batch(config: Config, shards: Shards) -> str:
     """Return one plain sentence on what the all-reduce did to the epoch's last batch."""
-    sizes, ranks = shards.steps[-1].sizes, shards.world_size
+    sizes, ranks = shards.last_step.sizes, shards.world_size
     n, census = sum(sizes), shards.census
     weights, divisors = applied_weights(config, sizes, ranks), divisors_of(config, sizes, ranks)
     cells = [(size, weight * n) for size, weight in zip(sizes, weights, strict=True) if size]

@@ -148,7 +148,7 @@ class Run:
             "cells": self.shards.cells,
             "steps_per_epoch": len(self.shards.steps),
             "tail_examples": self.shards.tail_examples,
-            "last_step_sizes": list(self.shards.steps[-1].sizes),
+            "last_step_sizes": list(self.shards.last_step.sizes),
             "devices": gather_object([name]),  # one a rank
             "threads_per_rank": torch.get_num_threads(),
             "python": platform.python_version(),

@@ -134,35 +134,34 @@ def count_gpus() -> int:
 @command
 def main(flags: Flags) -> None:
     """Measure part after part, in processes of their own; print tables, write JSON."""
-    args = flags
-    args.check()
-    left_out = args.left_out()
-    if args.cost or args.time or args.memory:
-        measured = cost(args) if args.cost else time_loops(args) if args.time else memory(args)
-        if args.json and os.environ.get("RANK", "0") == "0":
-            args.json.write_text(json.dumps(measured))
+    flags.check()
+    left_out = flags.left_out()
+    if flags.cost or flags.time or flags.memory:
+        measured = cost(flags) if flags.cost else time_loops(flags) if flags.time else memory(flags)
+        if flags.json and os.environ.get("RANK", "0") == "0":
+            flags.json.write_text(json.dumps(measured))
         return
-    figures: Figures = environment(args.device) | {"left_out": left_out}
+    figures: Figures = environment(flags.device) | {"left_out": left_out}
 
     def keep() -> None:
         figures["load_after"] = os.getloadavg()[0]
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        if flags.json:
+            flags.json.write_text(json.dumps(figures, indent=1) + "\n")
 
     print("{device}, {cores} cores, load {load}, {versions}".format_map(figures), flush=True)
     if left_out:
         print(f"left out, as there are too few GPUs: {'; '.join(left_out)}", flush=True)
-    if "loops" in args.parts:
+    if "loops" in flags.parts:
         figures["loops"] = []
-        for world_size in filter(args.fits, args.world_sizes):
-            for net in args.nets:
-                figures["loops"].append(in_ranks(world_size, args, "--time", net))
+        for world_size in filter(flags.fits, flags.world_sizes):
+            for net in flags.nets:
+                figures["loops"].append(in_ranks(world_size, flags, "--time", net))
                 print(loops_in_words(figures["loops"][-1]), flush=True)
                 keep()
-    if "memory" in args.parts:
+    if "memory" in flags.parts:
         figures["memory"] = [
-            in_ranks(world_size, args, "--memory", loop)
-            for world_size in filter(args.fits, args.world_sizes)
+            in_ranks(world_size, flags, "--memory", loop)
+            for world_size in filter(flags.fits, flags.world_sizes)
             for loop in ("bare", "ours")
         ]
         print("\nresident memory of each rank, softmax")
@@ -171,20 +170,20 @@ def main(flags: Flags) -> None:
             print(
                 "  {loop}, {world_size} rank(s): {mb} MB, before the training {mb_before} MB".format_map(figure) + gpu
             )
-    if "startup" in args.parts:
+    if "startup" in flags.parts:
         print("\nseconds from the command to the end of the first step, or of the import", flush=True)
-        figures["startup"] = startup(args)
+        figures["startup"] = startup(flags)
         for command, seconds in figures["startup"].items():
             print(f"  {command:<62}{spread(seconds)}", flush=True)
         keep()
-    if "costs" in args.parts:
+    if "costs" in flags.parts:
         print("\nratio of epoch times with and without, 95 % interval", flush=True)
         figures["costs"] = []
         for name, (*_, net, world_size) in COSTS.items():
-            if not args.fits(world_size):
+            if not flags.fits(world_size):
                 continue
-            told = ("--cost", name, "--net", net, "--pairs", str(args.pairs or PAIRS.get(name, 6)))
-            figures["costs"].append(in_ranks(world_size, args, *told))
+            told = ("--cost", name, "--net", net, "--pairs", str(flags.pairs or PAIRS.get(name, 6)))
+            figures["costs"].append(in_ranks(world_size, flags, *told))
             keep()
     keep()
 

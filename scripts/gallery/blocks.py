@@ -85,7 +85,7 @@ def label(run: Run) -> str:
 def weight(run: Run) -> str:
     """Return what an example of the run's last batch weighs: on each rank, where the replicas drift apart."""
     config, shards = flags_of(run), shards_of(run)
-    sizes, ranks = shards.steps[-1].sizes, shards.world_size
+    sizes, ranks = shards.last_step.sizes, shards.world_size
     light, heavy, *_ = effect(config, sizes, ranks)
     words = in_ns(light) if light == heavy else f"{in_ns(light)} to {in_ns(heavy)}"
     still = [rank for rank, divisor in enumerate(divisors(config, sizes, ranks)) if divisor == 0]
@@ -109,7 +109,7 @@ def listed(ranks: Sequence[int]) -> str:
 def last_effect(run: Run) -> str:
     """Return the effective learning rate of the epoch's last step."""
     shards = shards_of(run)
-    return f"{effective_lr(flags_of(run), shards.steps[-1].sizes, shards.world_size):g}"
+    return f"{effective_lr(flags_of(run), shards.last_step.sizes, shards.world_size):g}"
 
 
 def shards_of(run: Run) -> Shards:
