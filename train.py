@@ -48,16 +48,13 @@ def main() -> None:
         check(config)
         if reporting:
             print(f"train.py: flags and data are good for {shards.world_size} rank(s)")
-    except SystemExit as end:  # of flags that cannot be parsed, too
-        if end.code and not reporting:
+    except (InputError, SystemExit) as end:  # SystemExit: of flags that cannot be parsed, too
+        code = 2 if isinstance(end, InputError) else end.code
+        if reporting and isinstance(end, InputError):
+            print(f"train.py: error: {end}", file=sys.stderr)
+        elif code and not reporting:
             time.sleep(1)  # a launcher ends the other ranks as soon as one has failed: not before the error is printed
-        raise
-    except InputError as error:
-        if reporting:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(1)  # a launcher ends the other ranks as soon as one has failed: not before the error is printed
-        sys.exit(2)
+        sys.exit(code)
 
 
 def check(config: Config) -> None:
