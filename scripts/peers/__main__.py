@@ -47,7 +47,15 @@ PACKAGES = ("torch", "accelerate", "lightning", "transformers")
 
 
 class CrashError(RuntimeError):
-    """A rank ended before its time; the text is what the ranks printed."""
+    """A rank ended before its time; the text is what the ranks printed, that rank last."""
+
+
+class RankDiedError(RuntimeError):
+    """A rank ended before it answered."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -86,19 +94,21 @@ def launch(loop: Loop, world_size: int, timeout: float, examples: int, data_dir:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
-    with tempfile.NamedTemporaryFile() as log:
+    with tempfile.TemporaryDirectory() as logs:
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
-                args = theirs, log.name, rank, world_size, port, loop, examples, data_dir
+                args = theirs, f"{logs}/{rank}", rank, world_size, port, loop, examples, data_dir
                 processes.append(context.Process(target=serve, args=args))
                 processes[-1].start()
                 theirs.close()
                 pipes.append(ours)
             gather(pipes, START_S)
             return gather(pipes, timeout)
-        except EOFError:
-            raise CrashError(Path(log.name).read_text(errors="replace").strip()) from None
+        except RankDiedError as died:  # its words come last: others may have been killed in the middle of theirs
+            said = [Path(f"{logs}/{rank}") for rank in sorted(range(world_size), key=died.rank.__eq__)]
+            text = "".join(log.read_text(errors="replace") for log in said if log.exists())
+            raise CrashError(text.strip()) from None
         finally:
             for process in processes:
                 end(process)
@@ -114,7 +124,7 @@ def end(process: BaseProcess) -> None:
 
 
 def gather(pipes: list[Connection], seconds: float) -> list[Trained]:
-    """Return one answer of each rank; raises TimeoutError, and EOFError if a rank dies."""
+    """Return one answer of each rank; raises TimeoutError, and RankDiedError if a rank ends first."""
     answers: dict[Connection, Trained] = {}
     deadline = time.monotonic() + seconds
     while waiting := [pipe for pipe in pipes if pipe not in answers]:
@@ -123,7 +133,10 @@ def gather(pipes: list[Connection], seconds: float) -> list[Trained]:
             raise TimeoutError
         for pipe in ready:
             assert isinstance(pipe, Connection)
-            answers[pipe] = pipe.recv()
+            try:
+                answers[pipe] = pipe.recv()
+            except EOFError:
+                raise RankDiedError(pipes.index(pipe)) from None
     return [answers[pipe] for pipe in pipes]
 
 
