@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import train
 from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
-from scripts import masked_tokens, sweep, symptoms
+from scripts import recipes, sweep, symptoms
 from tests.cases import flat_gradient
 from tests.ranks import World
 
@@ -102,7 +104,7 @@ def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
     program, args, ranks = program_of(command)
-    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.masked_tokens": distance}[program]
+    run = {"train.py": trained, "scripts.symptoms": symptom}.get(program) or partial(distance, program)
     numbers, text = world(ranks).run(run, args, tmp_path)[0]
     for part in says.split("; "):
         *name, value = part.split()
@@ -140,11 +142,11 @@ def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
     return {}, text.replace("waited 1 s", f"waited {symptoms.PATIENCE_S:g} s")
 
 
-def distance(args: list[str], out: Path) -> tuple[dict[str, float], str]:
-    """Train the masked model on this rank, as the flags say."""
-    flags = dict(zip(args[::2], args[1::2], strict=True))
-    way: Any = flags["--way"]
-    return {"far": masked_tokens.distance(way, int(flags["--accumulate"]), masked_tokens.text_in_steps())}, ""
+def distance(recipe: str, args: list[str], out: Path) -> tuple[dict[str, float], str]:
+    """Train by a recipe on this rank."""
+    module = importlib.import_module(recipe)
+    train = module.plain if "--plain" in args else module.train
+    return {"far": recipes.distance(train, masked=recipe.endswith("masked_tokens"))}, ""
 
 
 def test_there_are_commands_with_numbers_to_check() -> None:

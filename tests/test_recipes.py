@@ -128,8 +128,7 @@ def test_a_recipe_is_short(recipe: str) -> None:
 
 
 @pytest.mark.slow  # 10 s each
-@pytest.mark.parametrize("flag", ["", "--plain"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "flag"), [(1, ""), (2, ""), (2, "--plain")])
 @pytest.mark.parametrize("recipe", PACKAGES)
 def test_a_recipe_runs_as_it_stands(recipe: str, ranks: int, flag: str) -> None:
     pytest.importorskip(PACKAGES[recipe])
