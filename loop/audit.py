@@ -20,8 +20,8 @@ them from a loss of torch.nn (`COUNTS` lists which); for any other callable, a f
 A loss that returns a sum has `reduction="sum"`. The step is compared with the mean over all examples, whatever the loss
 returns, or with their sum under `target="sum"`.
 
-Comparing is a collective: a step that one rank is shown must be shown to all, where a rank has no example by an empty
-batch, or the others wait for it.
+Comparing is a collective: a step that one rank is shown must be shown to all, or the others wait. A rank without an
+example shows one whose labels are all masked (n=0), or an empty batch.
 
 The reference uses neither DDP nor any count of ranks or micro-batches: every rank back-propagates the *summed* loss of
 its own examples once more, through the bare module, and the sums are added over ranks. That is the gradient of all the
