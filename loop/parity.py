@@ -79,7 +79,8 @@ class Ranks:
     with Ranks(3) as ranks:
         results = ranks.run(function, *args)   # on every rank; in rank order
 
-    environ: more variables. preload: modules that are imported once for all ranks of this process.
+    environ: more variables. preload: modules that are imported once for all ranks of this process. usable: whether
+    every rank has answered, so that the next call finds it waiting.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        self.usable = True
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -119,25 +121,34 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """Call a function that can be imported by name on every rank; return the results in rank order.
 
-        Raises RankError with a rank's own words, HangError after `timeout` seconds. The ranks are of no use then.
+        Raises RankError with the words of the rank that failed first, HangError after `timeout` seconds.
         """
         for pipe in self.pipes:
             pipe.send((function, args, timeout))
         answers: dict[int, Any] = {}
+        errors: list[str] = []
         deadline = time.monotonic() + timeout + 1  # a second for each to write where it waits
         while len(answers) < len(self.pipes):
             silent: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
             ready = wait(list(silent), max(0, deadline - time.monotonic()))
             if not ready:
-                raise HangError("\n".join(self._where(rank, timeout) for rank in silent.values()))
+                break
             for rank in map(silent.__getitem__, ready):
                 try:
                     answers[rank], error = self.pipes[rank].recv()
                 except EOFError:
                     self.processes[rank].join()
+                    answers[rank] = None
                     error = f"{self._said(rank).strip()}\nended with exit code {self.processes[rank].exitcode}"
+                    self.usable = False
                 if error:
-                    raise RankError(f"rank {rank} of {len(self.pipes)}: {error.strip()}")
+                    errors.append(f"rank {rank} of {len(self.pipes)}: {error.strip()}")
+                    deadline = min(deadline, time.monotonic() + 1)  # the others may wait for this one for ever
+        self.usable = self.usable and len(answers) == len(self.pipes)
+        if errors:
+            raise RankError(errors[0])
+        if not self.usable:
+            raise HangError("\n".join(self._where(rank, timeout) for rank in silent.values()))
         return [answers[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:

@@ -148,11 +148,12 @@ def test_each_step_has_the_same_examples_on_any_number_of_ranks(world_size: int,
 
 
 def test_causes_by_hand() -> None:
-    """Two ranks, two micro-batches: cells of 1, 1, 1 and 3 examples, whose mean gradients are 1, 2, 4, 8 each its way."""
+    """Two ranks, two micro-batches: cells of 1, 1, 1 and 3 examples, with mean gradients 1, 2, 4, 8, each its way."""
     own, counts = torch.tensor([1, 2, 4, 8], dtype=torch.float64), [1, 1, 1, 3]
+    cells = tuple(own.diag())
     whole = torch.tensor([1, 2, 4, 24], dtype=torch.float64) / 6
 
-    def named(*gradient: float, cells: Any = tuple(own.diag())) -> list[str]:
+    def named(*gradient: float, cells: Any = cells) -> list[str]:
         applied = [torch.tensor(gradient, dtype=torch.float64)] * 2
         how = {"cells": cells, "counts": counts} if cells else {}
         return [cause.name for cause in parity.diagnose(applied, whole, allowed=1e-12, accumulate=2, **how)]
@@ -167,9 +168,7 @@ def test_causes_by_hand() -> None:
     assert named(1, 1, 1, 1, cells=None) == [parity.UNKNOWN.name]
     for other, cause in ((own.flip(0), parity.DIVERGED), (own * torch.tensor([0, 1, 0, 2]), parity.UNSYNCHRONISED)):
         applied = [own * torch.tensor([1, 0, 3, 0]), other]
-        assert parity.diagnose(applied, whole, allowed=1e-12, accumulate=2, cells=tuple(own.diag()), counts=counts) == [
-            cause
-        ]
+        assert parity.diagnose(applied, whole, allowed=1e-12, accumulate=2, cells=cells, counts=counts) == [cause]
 
 
 def test_examples_are_hashed_as_the_audit_hashes_them() -> None:
