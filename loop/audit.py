@@ -33,6 +33,8 @@ reference adds up what each rank computes alone.
 
 A rightly reduced gradient is off by rounding alone: on the book's nets, 256 examples, W = 2, by 2e-16 in float64, 1e-7
 in float32, 4e-3 under bf16's autocast. tests/test_audit.py bounds them by 1e-12, 1e-5 and 2e-2.
+
+From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ and the weights in the end. Where they differ by more than rounding allows, the 
 What rounding allows is measured: one process trains again, several times, with its weights changed in their last bit.
 
 The file needs torch alone and is made to be copied.
+
+From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
 
 from __future__ import annotations
@@ -739,7 +741,7 @@ def diagnose(
     if any(_off(other, applied[0]) > allowed for other in applied[1:]):
         return [UNSYNCHRONISED if cells is None or _own_only(applied, cells, allowed) else DIVERGED]
     allowed = max(allowed, 1e-9)
-    factors = _factor(applied[0], whole, allowed, _factors(world_size, accumulate))
+    factors = _factor(applied[0], whole, allowed, known_factors(world_size, accumulate))
     fitting = [FACTORS[name] for name in factors]
     if cells is not None and counts is not None:
         fitting += [
@@ -749,11 +751,12 @@ def diagnose(
     return list(dict.fromkeys(fitting)) or [UNKNOWN]
 
 
-def _factors(world_size: int, accumulate: int) -> dict[str, float]:
-    factors = {"W": world_size, "1/W": 1 / world_size, "K": accumulate, "1/K": 1 / accumulate,
-               "W K": world_size * accumulate, "1/(W K)": 1 / (world_size * accumulate)}  # fmt: skip
-    if accumulate == 1 or world_size == 1:  # one name for one number
-        factors = {name: factor for name, factor in factors.items() if " " not in name}
+def known_factors(world_size: float, accumulate: float) -> dict[str, float]:
+    """Return the factors by which a wrong division makes a result too large, by name."""
+    w, k = world_size, accumulate
+    factors = {"W": w, "1/W": 1 / w, "K": k, "1/K": 1 / k}
+    if w != 1 != k:
+        factors |= {"W K": w * k, "1/(W K)": 1 / (w * k)}
     return {name: factor for name, factor in factors.items() if factor != 1}
 
 

@@ -29,6 +29,8 @@ labels are all masked, or whose losses are multiplied by 0. An empty batch (`x[:
 reshapes by `view(B, -1)`, which fails without examples.
 
 The classical statement is Goyal et al. 2017 (arXiv:1706.02677), remark 3.
+
+From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
 
 from __future__ import annotations

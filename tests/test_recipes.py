@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loop import parity
 from scripts import recipes
 from scripts.recipes import CLASSES, IGNORED, LR, Batch, deal, make_net
 from tests.launches import environment
@@ -25,6 +27,7 @@ PACKAGES = {
     "ddp": "torch", "accelerate": "accelerate", "trainer": "transformers", "lightning": "lightning", "fsdp2": "torch",
     "masked_tokens": "torch",
 }  # fmt: skip
+SLOW_TO_IMPORT = ("trainer", "lightning")  # 15 to 30 s of imports on three ranks
 SIZES = [  # of step, rank and micro-batch
     [(3, 2), (1, 4), (5, 1)],
     [(2, 3), (0, 0), (1, 0)],  # rank 1 has no example
@@ -84,7 +87,9 @@ def trained(recipe: str, right: bool) -> Tensor:
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "plain"])
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("recipe", PACKAGES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_TO_IMPORT)) for name in PACKAGES]
+)
 def test_a_recipe_is_right_and_without_its_lines_wrong_as_predicted(
     world: Callable[[int], World], recipe: str, world_size: int, right: bool
 ) -> None:
@@ -142,3 +147,22 @@ def test_a_recipe_runs_as_it_stands(recipe: str, ranks: int, flag: str) -> None:
     (line,) = done.stdout.splitlines()
     far = float(line.split(": ")[1].split()[0])
     assert far > 1e-2 if flag else far < 1e-12
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("masked_tokens", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "lightning", "trainer")),  # to 110 s
+    ],
+)
+def test_parity_passes_the_recipe_and_names_what_is_wrong_with_the_plain_loop(recipe: str) -> None:
+    module = pytest.importorskip(f"scripts.recipes.{recipe}", exc_type=ImportError)
+    masked = recipe == "masked_tokens"
+    x, y = (
+        torch.cat(part) for part in zip(*(cell for step in deal(0, 1, masked=masked) for cell in step), strict=True)
+    )
+    how: dict[str, Any] = {"data": (x, y), "batch_size": 16, "masked": IGNORED if masked else None}
+    parity.assert_parity(module.train, **how)
+    report = parity.parity(module.plain, **how)
+    assert report.causes == {ranks: [parity.MEANS.name] for ranks in (1, 2, 3)}, str(report)
