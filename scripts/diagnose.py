@@ -27,8 +27,8 @@ MEANT = {
     "1/(W K)": "a mean over ranks and micro-batches was divided by W and by K once more",
 }
 OTHERWISE = (
-    "first make sure that the global batch and the learning rate are the same, and that both figures are taken over all "
-    "ranks' examples; python -m loop.parity then compares the training itself"
+    "first make sure that the global batch and the learning rate are the same, and that both figures are taken over "
+    "all ranks' examples; python -m loop.parity then compares the training itself"
 )
 
 

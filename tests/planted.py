@@ -37,6 +37,12 @@ def token_data() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], y
 
 
+def masked_lines() -> tuple[Tensor, Tensor]:
+    """Features (80, 6), and three labels for each, a third of them masked."""
+    y = token_data()[1][:, :3]
+    return data()[0], y
+
+
 class Tokens(nn.Module):
     """Embedded tokens through a GRU. Returns (B * length, classes)."""
 

