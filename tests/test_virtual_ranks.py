@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,7 +22,7 @@ from loop import virtual_ranks
 from loop.data import as_floats, epoch_order
 from loop.nets import make_net
 from loop.virtual_ranks import VirtualRanks, prime_factors, tree_sum, world_size
-from tests.cases import toy_split
+from tests.cases import relative_distance, toy_config, toy_split, train_here, train_plainly, worst_metric_error
 from tests.ranks import World
 
 BATCH = 96
@@ -195,3 +196,46 @@ assert (net.weight - plain.weight).norm() < 1e-6
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"net": "mlp"},
+    {"net": "lenet"},
+    {"reduction": "sum"},
+    {"momentum": 0.9, "weight_decay": 0.01},
+    {"optimizer": "adamw", "lr": 1e-3},
+    {"clip_norm": 0.5},
+    {"updater": "scratch"},
+    {"updater": "scratch", "reduction": "sum"},
+    {"tail": "ragged"},
+    {"tail": "pad"},
+    {"tail": "drop"},
+    {"mixed_precision": "bf16"},
+    {"dtype": "float64"},
+    {"audit_every": 1},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_training_gives_the_same_weights_and_figures_on_any_number_of_ranks(
+    world: Callable[[int], World], choice: dict[str, Any]
+) -> None:
+    config = toy_config(**{"dtype": "float32", "virtual_ranks": 12, "batch_size": 36, **choice})
+    examples = 2 * 36 + 5
+    results = [trained for w in (1, 2, 3, 4) for trained in world(w).run(train_here, config, examples)]
+    for trained in results:
+        assert {name: value.numpy().tobytes() for name, value in trained.weights.items()} == {
+            name: value.numpy().tobytes() for name, value in results[0].weights.items()
+        }
+        assert [epoch[:5] for epoch in trained.epochs] == [epoch[:5] for epoch in results[0].epochs]
+        assert all(reading.grad_rel_err < 1e-5 for reading in trained.readings)
+
+
+@pytest.mark.parametrize("choice", [{}, {"reduction": "sum"}, {"updater": "scratch"}, {"tail": "pad"}], ids=str)
+def test_training_takes_the_steps_of_one_process(world: Callable[[int], World], choice: dict[str, Any]) -> None:
+    config = toy_config(virtual_ranks=12, batch_size=36, **choice)
+    plain = train_plainly(config, 75)
+    for ours in world(3).run(train_here, config, 75):
+        assert relative_distance(ours.weights, plain.weights) < 1e-12
+        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12

@@ -19,7 +19,7 @@ def opening(config: Config, shards: Shards, device: str, folder: Path) -> str:
         f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} x {len(shards.steps)} steps",
         f"{shards.world_size} rank(s) on {device}, {config.dtype}, mixed precision {config.mixed_precision}",
         f"a step: {full.n_global} examples in {shards.cells} cell(s): {sizes_in_words(full.sizes)}"
-        + (f", {config.accumulate} micro-batches a rank" if config.accumulate > 1 else ""),
+        + (f", {shards.accumulate} micro-batches a rank" if shards.accumulate > 1 else ""),
         f"an epoch's last step (--tail {config.tail}): {last.n_global} examples: {sizes_in_words(last.sizes)}",
         f"--reduction {config.reduction} --normalize {config.normalize}, "
         + (f"{config.optimizer}" if config.updater == "torch" else "the book's scratch sgd")

@@ -199,6 +199,18 @@ def set_float32_precision(*, tf32: bool) -> None:
     torch.backends.cudnn.fp32_precision = "tf32" if tf32 else "ieee"  # cuBLAS included
 
 
+def compute_alike() -> None:
+    """Make equal operations give equal bits, whatever OMP_NUM_THREADS says, or raise a RuntimeError that names one.
+
+    To be called before torch is imported, since cuBLAS reads its variable once.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    import torch
+
+    torch.set_num_threads(1)  # several would split a matrix product in another way
+    torch.use_deterministic_algorithms(True)
+
+
 def keep_freed_memory() -> None:
     """Make glibc, where it is the C library, keep freed memory for the next step.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from loop.config import Config, InputError
 from loop.effect import steps_by_lr, target_reduction
 from loop.run.folder import FAILED, git_commit, installed, write_json
-from loop.run.launch import leave_ranks_at_exit, reports_errors
+from loop.run.launch import compute_alike, leave_ranks_at_exit, reports_errors
 from loop.run.stopping import StopSignal
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class Run:
         return self
 
     def _join(self) -> None:
-        from loop.progress import Progress
+        if self.config.virtual_ranks:
+            compute_alike()  # before torch is imported
+        from loop.progress import make_progress
         from loop.run.launch import join_ranks, keep_freed_memory, launched_rank
         from loop.run.wandb_tracker import make_tracker
         from loop.run.watchdog import Watchdog
@@ -96,7 +98,7 @@ class Run:
         self.is_main: bool = self.accelerator.is_main_process
         self.stop.last_resort = self._stop_alone
         self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_from_thread)
-        self.progress = Progress()
+        self.progress = make_progress(self.config, self.rank, self.world_size)
 
     def open(self, size: Size, remarks: Sequence[str] = ()) -> None:
         """Plan the epochs; make or open the run's folder, start its trackers, print what will be done.
@@ -142,6 +144,7 @@ class Run:
         return {
             **asdict(self.config),
             "lr": self.config.learning_rate,
+            "accumulate": self.shards.accumulate,
             "train_examples": self.shards.examples,
             "classes": self.size.classes,
             "world_size": self.world_size,
