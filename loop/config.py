@@ -148,7 +148,7 @@ class Config:
         if v := self.virtual_ranks:
             accumulate, left = divmod(v, world_size)
             divisors = ", ".join(str(w) for w in range(1, v + 1) if v % w == 0)
-            _refuse(left > 0, f"--virtual-ranks {v}: {world_size} ranks do not divide it; start one of {divisors}")
+            _refuse(left > 0, f"--virtual-ranks {v}: {world_size} ranks do not divide {v}: start one of {divisors}")
         try:
             return Shards(examples, self.batch_size, world_size, accumulate, self.tail)
         except ValueError as error:

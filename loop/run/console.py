@@ -49,8 +49,9 @@ def last_batch(config: Config, shards: Shards) -> str:
     cells = [(size, weight * n) for size, weight in zip(sizes, weights, strict=True) if size]
     (smallest, light), (largest, heavy) = min(cells), max(cells)
 
+    joined = "added" if config.virtual_ranks else "averaged"
     dealt = (
-        f"in {shards.cells} cells ({sizes_in_words(sizes)}), which were averaged" if shards.cells > 1 else "in one cell"
+        f"in {shards.cells} cells ({sizes_in_words(sizes)}), which were {joined}" if shards.cells > 1 else "in one cell"
     )
     weighed = f"an example weighed {light:.4g}/n"
     if light != heavy:
