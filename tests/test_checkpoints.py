@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -131,6 +132,49 @@ def test_other_ranks_and_micro_batches_end_with_the_same_weights(
     for ours, theirs in zip(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"), strict=True):
         if "train/loss" in ours:
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--net mlp --momentum 0.9 --clip-norm 0.5",
+        "--net lenet --optimizer adamw --tail ragged",
+        "--updater scratch --reduction sum --tail pad --batch-size 12",
+    ],
+)
+def test_with_virtual_ranks_a_run_goes_on_bit_for_bit_on_any_number_of_ranks(
+    world: Worlds, tmp_path: Path, flags: str
+) -> None:
+    flags += " --virtual-ranks 12"
+    (whole,) = world(1).run(run_here, f"{flags} --run-name whole", tmp_path)
+    for ranks, crash_at in ((4, 3), (2, 4), (3, 7)):  # mid-epoch: after a checkpoint, right at one, in the other epoch
+        assert {code for code, _ in world(ranks).run(run_here, f"{flags} --resume auto", tmp_path, crash_at)} == {-1}
+    ((code, said),) = world(1).run(run_here, f"{flags} --resume auto", tmp_path)
+    assert code == 0 and "6 steps are done" in said
+    (cut,) = tmp_path.glob("*-v12-*")  # the name does not tell the number of ranks, and so is found on any
+    assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert rows_of(cut) == rows_of(tmp_path / "whole")
+    digest = hashlib.sha256((cut / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((cut / "summary.json").read_text())["weights_sha256"] == digest
+    assert f"ranks: {digest}" in said and f"ranks: {digest}" in whole[1]
+
+
+@pytest.mark.parametrize(("before", "now"), [("8", "4"), ("0", "8"), ("8", "0")])
+def test_another_number_of_virtual_ranks_is_other_mathematics(tmp_path: Path, before: str, now: str) -> None:
+    cut_off(World(1), f"--virtual-ranks {before}", tmp_path, 3)
+    with pytest.raises(InputError, match=f"virtual_ranks {before} -> {now}"):
+        run_here(f"--virtual-ranks {now} --run-name cut --resume auto", tmp_path)
+
+
+def test_a_checkpoint_of_a_version_without_virtual_ranks_has_none(tmp_path: Path) -> None:
+    cut_off(World(1), "", tmp_path, 3)
+    (state,) = (tmp_path / "cut/checkpoints").glob(f"*/{STATE}")
+    values = json.loads(state.read_text())
+    del values["mathematics"]["virtual_ranks"]
+    state.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="virtual_ranks 0 -> 8"):
+        run_here("--virtual-ranks 8 --run-name cut --resume auto", tmp_path)
+    assert run_here("--run-name cut --resume auto", tmp_path)[0] == 0
 
 
 @pytest.fixture
