@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loop.audit import Reading
     from loop.idx import Size
 
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
@@ -300,6 +301,8 @@ class Run:
                 print(f"train.py: error: {error}", file=sys.stderr, flush=True)
             return False
         line = f"the run cannot be saved: {error}" if isinstance(error, OSError) else None
+        if NOT_DETERMINISTIC in str(error):  # on this device; torch names the operation
+            line = f"--virtual-ranks {self.config.virtual_ranks}: {first_line(error).partition(',')[0]}"
         if is_from_backend(error):
             cause = self.watchdog.cause() or "a collective failed"
             line = f"{cause} (the backend: {first_line(error)})"
