@@ -105,7 +105,7 @@ def fit(config: Config, run: Run) -> None:
     train_ch3(
         net,
         TrainBatches(train_set, run.shards, run.rank, config.seed, run.progress),
-        EvalBatches(test_set, run.rank, run.world_size),
+        EvalBatches(test_set, run.rank, run.world_size, virtual_ranks=config.virtual_ranks),
         loss,
         config.epochs,
         updater,

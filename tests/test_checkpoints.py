@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +27,7 @@ from safetensors.torch import load_file
 import train
 from loop.animator import Animator
 from loop.config import InputError, parse
+from loop.nets import make_net
 from loop.run import checkpoints, folder
 from loop.run.checkpoints import Checkpoints
 from loop.run.folder import open_run
@@ -132,6 +136,74 @@ def test_other_ranks_and_micro_batches_end_with_the_same_weights(
     for ours, theirs in zip(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"), strict=True):
         if "train/loss" in ours:
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-12)
+
+
+def compared_as_told(a: Path, b: Path) -> str:
+    """What the command of scripts/README.md prints for two runs."""
+    (command,) = re.findall(r"^diff .*", Path("scripts/README.md").read_text(), re.MULTILINE)
+    command = command.replace("runs/a", str(a)).replace("runs/b", str(b))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--net mlp --momentum 0.9 --clip-norm 0.5",
+        "--net lenet --optimizer adamw --tail ragged --audit-every 2",
+        "--updater scratch --reduction sum --tail pad --batch-size 12",
+    ],
+)
+def test_with_virtual_ranks_a_run_goes_on_bit_for_bit_on_any_number_of_ranks(
+    world: Worlds, tmp_path: Path, flags: str
+) -> None:
+    flags += " --virtual-ranks 12"
+    (whole,) = world(1).run(run_here, f"{flags} --run-name whole", tmp_path)
+    for ranks, crash_at in ((4, 3), (2, 4), (3, 7)):  # mid-epoch: after a checkpoint, right at one, in the other epoch
+        assert {code for code, _ in world(ranks).run(run_here, f"{flags} --resume auto", tmp_path, crash_at)} == {-1}
+    ((code, said),) = world(1).run(run_here, f"{flags} --resume auto", tmp_path)
+    assert code == 0 and "6 steps are done" in said
+    (cut,) = tmp_path.glob("*-v12-*")  # the name does not tell the number of ranks, and so is found on any
+    assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert [row["step"] for row in rows_of(cut)] == [row["step"] for row in rows_of(tmp_path / "whole")]
+    assert compared_as_told(cut, tmp_path / "whole") == ""
+    digest = hashlib.sha256((cut / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((cut / "summary.json").read_text())["weights_sha256"] == digest
+    assert f"ranks: {digest}" in said and f"ranks: {digest}" in whole[1]
+
+
+def test_an_operation_that_is_not_deterministic_ends_a_run_with_virtual_ranks_by_its_name(tmp_path: Path) -> None:
+    def net_with_put(*args: Any) -> torch.nn.Module:
+        net = make_net(*args)
+        net.register_forward_hook(lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)) and None)
+        return net
+
+    threads = torch.get_num_threads()
+    with mock.patch("loop.nets.make_net", net_with_put):
+        code, said = run_here("--virtual-ranks 4", tmp_path)
+    line = "train.py: error: --virtual-ranks 4: put_ does not have a deterministic implementation. It has no checkpoint"
+    assert (code, said.splitlines()[-1]) == (1, line)
+    after = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    assert after == (False, threads), "a later run in the same process is as it was"
+
+
+@pytest.mark.parametrize(("before", "now"), [("8", "4"), ("0", "8"), ("8", "0")])
+def test_another_number_of_virtual_ranks_is_other_mathematics(tmp_path: Path, before: str, now: str) -> None:
+    cut_off(World(1), f"--virtual-ranks {before}", tmp_path, 3)
+    with pytest.raises(InputError, match=f"virtual_ranks {before} -> {now}"):
+        run_here(f"--virtual-ranks {now} --run-name cut --resume auto", tmp_path)
+
+
+def test_a_checkpoint_of_a_version_without_virtual_ranks_has_none(tmp_path: Path) -> None:
+    cut_off(World(1), "", tmp_path, 3)
+    (state,) = (tmp_path / "cut/checkpoints").glob(f"*/{STATE}")
+    values = json.loads(state.read_text())
+    del values["mathematics"]["virtual_ranks"]
+    state.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="virtual_ranks 0 -> 8"):
+        run_here("--virtual-ranks 8 --run-name cut --resume auto", tmp_path)
+    assert run_here("--run-name cut --resume auto", tmp_path)[0] == 0
 
 
 @pytest.fixture

@@ -74,9 +74,9 @@ class Checkpoints:
             folder.mkdir(exist_ok=True)
             scratch.mkdir()
         # Each rank's sums and whether it had a signal, in one reduce, in which the others wait for the folder.
-        of_ranks = torch.zeros(run.world_size, 4, dtype=widest(run.device), device=run.device)
-        mine = [*(self.progress.sums[i] for i in range(3)), float(run.told_to_stop)]
-        of_ranks[run.rank] = torch.tensor(mine, dtype=of_ranks.dtype)
+        mine = [[*sums, float(run.told_to_stop)] for sums in self.progress.sums.shares]
+        of_ranks = torch.zeros(len(mine) * run.world_size, 4, dtype=widest(run.device), device=run.device)
+        of_ranks[run.rank :: run.world_size] = torch.tensor(mine, dtype=of_ranks.dtype)
         run.watchdog.advance()
         of_ranks = global_count(of_ranks, run.device).cpu()
         sums, stops = of_ranks[:, :3], of_ranks[:, 3]

@@ -40,6 +40,8 @@ def with_kept_flags(config: Config, args: list[str], world_size: int) -> Config:
     kept = {field.name for field in fields(Config)} - switches
     before = {name: written[name] for name in kept if name in written}
     before |= {"resume": "auto", "run_name": config.run_name, "out": config.out}
+    if before.get("virtual_ranks"):
+        del before["accumulate"]  # which follows from the number of ranks
     before |= {"data_dir": Path(before["data_dir"]), "tags": tuple(before["tags"])}
     told = parse(args, quiet=True, default=Config(**before))
     return replace(told, tf32=told.tf32 or written.get("tf32", False))  # it decides the weights, and cannot change
@@ -159,7 +161,8 @@ def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
 
 def refuse_unfit(checkpoint: Path, config: Config, size: Size, world_size: int) -> None:
     """Raise InputError where the checkpoint was trained by other rules, saying which, or for longer."""
-    before, now = state_of(checkpoint)["mathematics"], mathematics(config, size, world_size)
+    before = {"virtual_ranks": 0, **state_of(checkpoint)["mathematics"]}  # 0: in an earlier version's
+    now = mathematics(config, size, world_size)
     differences = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     if differences:
         raise InputError(
