@@ -66,10 +66,19 @@ class Accumulator:
 
         device: the net's. It cannot be told from the sums: those of no batch are plain zeros.
         """
+        self.kept = list(global_count(self.on(device), device))
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the sums on the device, without waiting for it."""
         sums = [
             v if isinstance(v, Tensor) else torch.full((), v, dtype=widest(device), device=device) for v in self.kept
         ]
-        self.kept = list(global_count(torch.stack(sums), device))
+        return torch.stack(sums)
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """The sums of each share of the examples that is added up by itself: here of one share, all there are."""
+        return [self.data]
 
     def __getitem__(self, i: Any) -> Any:
         return self.data[i]
@@ -196,16 +205,18 @@ def train_epoch_ch3(
     return metric[0] / metric[2], metric[1] / metric[2]
 
 
-def evaluate(net: Net, data_iter: Batches, loss: Loss | None = None) -> tuple[float, float]:
+def evaluate(
+    net: Net, data_iter: Batches, loss: Loss | None = None, metric: Accumulator | None = None
+) -> tuple[float, float]:
     """Return (loss per example, share correct) over all of data_iter; with a DDP net, of every rank's data_iter.
 
     Sums over examples, not means over batches, so shares of unequal size weigh as they should. Without a loss, the
-    loss per example is NaN.
+    loss per example is NaN. metric: the sums to add to.
     """
     if isinstance(net, nn.Module):
         net.eval()
     module = net.module if isinstance(net, DistributedDataParallel) else net
-    metric = Accumulator(3)
+    metric = metric or Accumulator(3)
     with torch.no_grad():  # under inference_mode, what the net creates or keeps here could never be trained
         for X, y in data_iter:
             y_hat = module(X)
@@ -239,14 +250,15 @@ def train_ch3(
     """
     if progress is None:
         animator = Animator(xlabel="epoch", xlim=(1, max(num_epochs, 2)), legend=CURVES)
-        first, metric = 1, None
+        first, metric, test_metric = 1, None, None
     else:
-        first, metric, observers = progress.epoch, progress.sums, (progress, *observers)
+        first, metric, test_metric = progress.epoch, progress.sums, progress.test_sums
+        observers = (progress, *observers)
     for number in range(first, num_epochs + 1):
         started = time.perf_counter()
         train_loss, train_acc = train_epoch_ch3(net, train_iter, loss, updater, metric, observers)
         seconds = time.perf_counter() - started
-        tested = evaluate(net, test_iter, loss if observers else None)
+        tested = evaluate(net, test_iter, loss if observers else None, test_metric)
         epoch = Epoch(number, train_loss, train_acc, *tested, seconds)
         for observer in observers:
             observer.after_epoch(epoch)

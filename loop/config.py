@@ -69,6 +69,8 @@ class Config:
     """Examples in an optimiser step over ALL ranks and micro-batches."""
     accumulate: int = 1
     """Micro-batches in an optimiser step, K."""
+    virtual_ranks: int = 0
+    """V: give the same bits on any number of ranks that divides V; each takes V / ranks micro-batches. 0: off."""
     epochs: int = 10
     """Passes over the training set."""
     net: Literal["softmax", "mlp", "lenet"] = "softmax"
@@ -142,8 +144,13 @@ class Config:
 
     def shards(self, examples: int, world_size: int) -> Shards:
         """Return the epoch's plan for so many training examples; raises InputError where there is none."""
+        accumulate = self.accumulate
+        if v := self.virtual_ranks:
+            accumulate, left = divmod(v, world_size)
+            divisors = ", ".join(str(w) for w in range(1, v + 1) if v % w == 0)
+            _refuse(left > 0, f"--virtual-ranks {v}: {world_size} ranks do not divide {v}: start one of {divisors}")
         try:
-            return Shards(examples, self.batch_size, world_size, self.accumulate, self.tail)
+            return Shards(examples, self.batch_size, world_size, accumulate, self.tail)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -158,8 +165,9 @@ class Config:
         return self.out / (self.run_name or self.default_run_name(world_size))
 
     def default_run_name(self, world_size: int) -> str:
-        """Return the run's mode in words, such as mean-global-spread-w2-b256."""
-        return f"{self.reduction}-{self.normalize}-{self.tail}-w{world_size}-b{self.batch_size}"
+        """Return the run's mode in words, such as mean-global-spread-w2-b256; v8 in place of w2 with virtual ranks."""
+        ranks = f"v{self.virtual_ranks}" if self.virtual_ranks else f"w{world_size}"
+        return f"{self.reduction}-{self.normalize}-{self.tail}-{ranks}-b{self.batch_size}"
 
     def validate(self) -> None:
         """Raise InputError for the first flag, or pair of flags, that makes no sense."""
@@ -167,6 +175,8 @@ class Config:
         for flag in at_least_1 if self.train_examples is None else (*at_least_1, "train_examples"):
             self._require(getattr(self, flag) >= 1, flag, "must be at least 1")
         self._require(self.accumulate <= self.batch_size, "accumulate", "must be at most --batch-size")
+        in_batch = 0 <= self.virtual_ranks <= self.batch_size
+        self._require(in_batch, "virtual_ranks", "must be 0 or more, and at most --batch-size")
         self._require(0 <= self.seed < 2**63, "seed", "must be from 0 to 2^63 - 1")
         self._require(0 < self.learning_rate < FLOAT32, "lr", "must be above 0 and below 1e38")
         if self.clip_norm is not None:
@@ -228,6 +238,13 @@ class Config:
             self.audit_fail is not None and self.audit_every == 0,
             "--audit-fail needs --audit-every: 1 audits every step",
         )
+        if self.virtual_ranks:
+            _refuse(self.accumulate != 1, "--virtual-ranks sets the micro-batches itself: leave out --accumulate")
+            _refuse(self.normalize == "rank", "--virtual-ranks needs --normalize global")
+            _refuse(
+                self.mixed_precision == "fp16",
+                "--virtual-ranks takes each micro-batch's gradient by itself, without fp16's scaler: use bf16",
+            )
         if self.updater == "scratch":
             _refuse(self.optimizer != "sgd", "--updater scratch is the book's sgd: leave out --optimizer")
             _refuse(self.momentum > 0, "--updater scratch has no momentum: use --updater torch")

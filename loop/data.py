@@ -108,17 +108,21 @@ class TrainBatches:
 class EvalBatches:
     """One rank's share of a test set, as (X, y) of at most `batch_size`: over all ranks, every example exactly once.
 
-    Every rank has as many batches, the last perhaps empty, so that the watchdog can see which rank is late.
+    virtual_ranks: the number of shares, where a rank has several; their batches come in turn.
+    Every share has as many batches, the last perhaps empty, so that the watchdog can see which rank is late.
     """
 
-    def __init__(self, split: Split, rank: int = 0, world_size: int = 1, batch_size: int = 1000) -> None:
-        n = len(split.labels)
-        mine = slice(n * rank // world_size, n * (rank + 1) // world_size)
-        self.images, self.labels = split.images[mine], split.labels[mine]
+    def __init__(
+        self, split: Split, rank: int = 0, world_size: int = 1, batch_size: int = 1000, virtual_ranks: int = 0
+    ) -> None:
+        n, count = len(split.labels), virtual_ranks or world_size
+        shares = [slice(n * i // count, n * (i + 1) // count) for i in range(rank, count, world_size)]
+        self.shares = [(split.images[share], split.labels[share]) for share in shares]
         self.dtype, self.batch_size = split.dtype, batch_size
-        self.end = -(-n // world_size)  # of the largest share
+        self.end = -(-n // count)  # of the largest share
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, self.end, self.batch_size):
-            images, labels = (half[start : start + self.batch_size] for half in (self.images, self.labels))
-            yield as_floats(images, self.dtype), labels
+            for share in self.shares:
+                images, labels = (half[start : start + self.batch_size] for half in share)
+                yield as_floats(images, self.dtype), labels

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from loop.book import Accumulator
+import torch
+
+from loop.book import Accumulator, widest
+from loop.config import Config
+from loop.reduction import global_count
 from loop.shards import Cell
+
+
+class ShareAccumulator(Accumulator):
+    """n running sums of each of V shares, added up in the shares' order: the same bits on any number of ranks.
+
+    Share k W + r is the k-th of rank r. Each call of `add` is for the next of this rank's K shares, in turn. `data` is
+    the sums of one share after the other: of this rank's, and after `all_reduce` of all V, until `reset`.
+    """
+
+    def __init__(self, rank: int, world_size: int, virtual_ranks: int, n: int) -> None:
+        self.of_rank, self.virtual_ranks, self.n = slice(rank, None, world_size), virtual_ranks, n
+        self.reset()
+
+    def add(self, *args: float | torch.Tensor) -> None:
+        """Add one value to each sum of the next share."""
+        super().add(*args)
+        self.kept = self.kept[self.n :] + self.kept[: self.n]  # the share goes to the end of the queue
+
+    def reset(self) -> None:
+        """Set every sum to 0."""
+        self.data = [0.0] * self.n * len(range(self.virtual_ranks)[self.of_rank])
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """The sums of each share."""
+        return [self.data[i : i + self.n] for i in range(0, len(self.kept), self.n)]
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Get the sums of all V shares: one collective, which adds zeros to them, and so is exact."""
+        every = torch.zeros(self.virtual_ranks, self.n, dtype=widest(device), device=device)
+        every[self.of_rank] = self.on(device).view(-1, self.n)
+        self.data = global_count(every, device).flatten().tolist()
+
+    def __getitem__(self, i: Any) -> Any:
+        return sum(self.data[i :: self.n])
 
 
 class Progress:
@@ -14,12 +54,12 @@ class Progress:
 
     epoch: the one under way, from 1. epoch_steps: how many of its steps are taken. step, examples: over the whole run.
     skipped_steps: by the fp16 scaler. sums: (loss sum, correct, examples) of the epoch so far, on this rank; at its end
-    of all ranks, until `after_epoch`.
+    of all ranks, until `after_epoch`. test_sums: the same of its evaluation. accumulator: makes such sums, n of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accumulator: Callable[[int], Accumulator] = Accumulator) -> None:
         self.epoch, self.epoch_steps, self.step, self.examples, self.skipped_steps = 1, 0, 0, 0, 0
-        self.sums = Accumulator(3)
+        self.accumulator, self.sums, self.test_sums = accumulator, accumulator(3), accumulator(3)
 
     def after_cell(self, cell: Cell, *_: object) -> None:
         """Count a step after its last cell."""
@@ -32,19 +72,26 @@ class Progress:
         """Go to the start of the next epoch."""
         self.epoch, self.epoch_steps = self.epoch + 1, 0
         self.sums.reset()
+        self.test_sums.reset()
 
     def position(self) -> dict[str, int]:
         """Return everything but the sums, as a checkpoint keeps it."""
-        return {name: value for name, value in vars(self).items() if name != "sums"}
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     def restore(self, saved: dict[str, Any], rank: int, world_size: int) -> None:
         """Return to a saved position.
 
-        saved: the position, and "sums", those of each rank; if the number of ranks has changed, rank 0 gets the total.
+        saved: the position, and "sums", a row for each share: one a rank, or one a virtual rank. If the number of ranks
+        has changed, each row still goes to one of them.
         """
-        sums: Sequence[Sequence[float]] = [[float(value) for value in of_rank] for of_rank in saved["sums"]]
-        if len(sums) != world_size:
-            sums = [[sum(of_ranks) for of_ranks in zip(*sums, strict=True)], *[[0.0] * 3] * (world_size - 1)]
         vars(self).update({name: saved[name] for name in self.position()})
         self.sums.reset()
-        self.sums.add(*sums[rank])
+        for share in saved["sums"][rank::world_size]:
+            self.sums.add(*(float(value) for value in share))
+
+
+def make_progress(config: Config, rank: int, world_size: int) -> Progress:
+    """Return the start of a run, with the kind of sums that the flags ask for."""
+    if config.virtual_ranks:
+        return Progress(partial(ShareAccumulator, rank, world_size, config.virtual_ranks))
+    return Progress()

@@ -17,6 +17,7 @@ from loop.effect import sgd_batch_size, target_reduction
 from loop.progress import Progress
 from loop.reduction import cell_backward, cell_loss
 from loop.shards import Cell
+from loop.virtual_ranks import VirtualRanks
 
 
 class CellUpdater:
@@ -93,6 +94,31 @@ class CellUpdater:
             self.progress.skipped_steps += self.optimizer.step_was_skipped
 
 
+class VirtualRankUpdater(CellUpdater):
+    """Adds the gradients of `--virtual-ranks` cells in an order that does not depend on the number of ranks."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.shares = VirtualRanks(self.params, self.config.virtual_ranks)
+        if isinstance(self.net, DistributedDataParallel):
+            self.net.require_backward_grad_sync = False  # the tree takes the place of its all-reduce
+
+    def begin(self, X: Tensor, y: Tensor, cell: Cell) -> None:
+        """Note the cell."""
+        self.cell = cell
+
+    def backward(self, l: Tensor) -> None:
+        """Take the cell's gradient by itself. l: one loss per example."""
+        self.shares.add(
+            cell_loss(l, n_global=self.cell.step.n_global, averaged_over=1, reduction=self.config.reduction)
+        )
+
+    def finish_gradient(self, n_last: int) -> int:
+        """Add the step's gradients, of all ranks; then as without virtual ranks."""
+        self.shares.reduce()
+        return super().finish_gradient(n_last)
+
+
 class Audited:
     """An updater whose gradients are audited, every `--audit-every` steps and on uneven ones, before they are applied.
 
@@ -145,8 +171,9 @@ def make_updater(
     accelerator: Accelerator, net: nn.Module, config: Config, progress: Progress | None = None
 ) -> CellUpdater:
     """Return the updater that the flags ask for. net: as `accelerator.prepare` returned it."""
+    updater = VirtualRankUpdater if config.virtual_ranks else CellUpdater
     if config.updater == "scratch":
-        return CellUpdater(accelerator, net, None, config, progress)
+        return updater(accelerator, net, None, config, progress)
     kind, momentum = {
         "sgd": (torch.optim.SGD, {"momentum": config.momentum}),
         "adam": (torch.optim.Adam, {}),
@@ -156,4 +183,4 @@ def make_updater(
     wrapped = accelerator.prepare_optimizer(optimizer)  # which makes it part of a checkpoint
     if accelerator.scaler:  # elsewhere Accelerate's wrapper does nothing for us, at a third of a softmax step's time
         optimizer = wrapped
-    return CellUpdater(accelerator, net, optimizer, config, progress)
+    return updater(accelerator, net, optimizer, config, progress)

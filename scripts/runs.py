@@ -44,6 +44,7 @@ class Run:
 
     config: flat, values as text: {"versions": {"torch": "2.15.0"}} is "versions.torch". curves: one for each column of
     metrics.jsonl that holds numbers. finished: whether it came to write its summary. failure: why the training failed.
+    weights: the SHA-256 of the final ones, of a run with --virtual-ranks.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Run:
     curves: Mapping[str, Curve]
     finished: bool
     failure: str | None = None
+    weights: str | None = None
 
     @property
     def label(self) -> str:
@@ -142,7 +144,9 @@ def _rank(value: str) -> tuple[bool, float, str]:
 
 
 def _read(folder: Path, config: Mapping[str, Any]) -> Run:
-    finished, failure = (folder / "summary.json").is_file(), None
+    summary, failure, weights = folder / "summary.json", None, None
+    if summary.is_file():
+        weights = json.loads(summary.read_text()).get("weights_sha256")
     if (folder / FAILED).is_file():
         failure = str(json.loads((folder / FAILED).read_text())["reason"])
     return Run(
@@ -150,8 +154,9 @@ def _read(folder: Path, config: Mapping[str, Any]) -> Run:
         folder,
         dict(_flat(config)),
         _curves(folder / "metrics.jsonl"),
-        finished,
+        summary.is_file(),
         failure,
+        weights,
     )
 
 

@@ -35,7 +35,7 @@ from scripts.command import command
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.2
-IN_DEFAULT_NAME = ("--reduction", "--normalize", "--tail", "--batch-size")
+IN_DEFAULT_NAME = ("--reduction", "--normalize", "--tail", "--batch-size", "--virtual-ranks")
 
 
 class Planned(NamedTuple):
@@ -51,9 +51,12 @@ class Planned(NamedTuple):
         return self.config.out / str(self.config.run_name)
 
     @property
-    def launch_key(self) -> tuple[int, str, bool]:
-        """What runs of one launch share: Accelerate joins the ranks once, for one device and precision."""
-        return self.world_size, self.config.mixed_precision, self.config.cpu
+    def launch_key(self) -> tuple[int, str, bool, bool]:
+        """What runs of one launch share: the ranks are joined, and torch is set up, once.
+
+        That is for one device and precision, and with or without equal bits on GPUs.
+        """
+        return self.world_size, self.config.mixed_precision, self.config.cpu, self.config.virtual_ranks > 0
 
 
 def grid(flags: list[str]) -> list[dict[str, list[str]]]:
@@ -86,6 +89,8 @@ def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
         config.validate()
         config.shards(ensure_dataset(config, fetching=True).examples, world_size)
         more = [flag.lstrip("-") + "".join(choice[flag]) for flag in varied if flag not in IN_DEFAULT_NAME]
+        if config.virtual_ranks:
+            more.append(f"w{world_size}")  # which the default name leaves out
         name = "-".join([group, config.default_run_name(world_size), *more])
         check_run_name(name)
         line = [*words, "--group", group, "--run-name", name]

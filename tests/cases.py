@@ -20,7 +20,7 @@ from loop.book import Epoch, train_ch3
 from loop.config import Config
 from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order
 from loop.nets import make_net
-from loop.progress import Progress
+from loop.progress import make_progress
 from loop.updater import Audited, make_updater
 
 TEST_EXAMPLES = 37
@@ -55,9 +55,10 @@ def train_here(config: Config, examples: int) -> Trained:
     net = accelerator.prepare(make_net(config.net).to(dtype))
     shards = config.shards(examples, world_size)
     loss = nn.CrossEntropyLoss(reduction="none")
-    progress = Progress()
+    progress = make_progress(config, rank, world_size)
     train_iter = TrainBatches(toy_split(examples)._replace(dtype=dtype), shards, rank, config.seed, progress)
-    test_iter = EvalBatches(toy_split(TEST_EXAMPLES, 1)._replace(dtype=dtype), rank, world_size, batch_size=5)
+    test_set = toy_split(TEST_EXAMPLES, 1)._replace(dtype=dtype)
+    test_iter = EvalBatches(test_set, rank, world_size, batch_size=5, virtual_ranks=config.virtual_ranks)
     gradients: list[Tensor] = []
     epochs: list[Epoch] = []
     updater = make_updater(accelerator, net, config, progress)

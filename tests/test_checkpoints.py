@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,10 +27,11 @@ from safetensors.torch import load_file
 import train
 from loop.animator import Animator
 from loop.config import InputError, parse
+from loop.nets import make_net
 from loop.run import checkpoints, folder
 from loop.run.checkpoints import Checkpoints
 from loop.run.folder import open_run
-from loop.run.resume import STATE, command_to_go_on, find_flaw, keep_what_is_not_told, newest
+from loop.run.resume import STATE, command_to_go_on, find_flaw, newest, with_kept_flags
 from tests.cases import relative_distance, toy_split
 from tests.launches import rows_of
 from tests.ranks import World
@@ -131,6 +136,74 @@ def test_other_ranks_and_micro_batches_end_with_the_same_weights(
     for ours, theirs in zip(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"), strict=True):
         if "train/loss" in ours:
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-12)
+
+
+def compared_as_told(a: Path, b: Path) -> str:
+    """What the command of scripts/README.md prints for two runs."""
+    (command,) = re.findall(r"^diff .*", Path("scripts/README.md").read_text(), re.MULTILINE)
+    command = command.replace("runs/a", str(a)).replace("runs/b", str(b))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--net mlp --momentum 0.9 --clip-norm 0.5",
+        "--net lenet --optimizer adamw --tail ragged --audit-every 2",
+        "--updater scratch --reduction sum --tail pad --batch-size 12",
+    ],
+)
+def test_with_virtual_ranks_a_run_goes_on_bit_for_bit_on_any_number_of_ranks(
+    world: Worlds, tmp_path: Path, flags: str
+) -> None:
+    flags += " --virtual-ranks 12"
+    (whole,) = world(1).run(run_here, f"{flags} --run-name whole", tmp_path)
+    for ranks, crash_at in ((4, 3), (2, 4), (3, 7)):  # mid-epoch: after a checkpoint, right at one, in the other epoch
+        assert {code for code, _ in world(ranks).run(run_here, f"{flags} --resume auto", tmp_path, crash_at)} == {-1}
+    ((code, said),) = world(1).run(run_here, f"{flags} --resume auto", tmp_path)
+    assert code == 0 and "6 steps are done" in said
+    (cut,) = tmp_path.glob("*-v12-*")  # the name does not tell the number of ranks, and so is found on any
+    assert (cut / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert [row["step"] for row in rows_of(cut)] == [row["step"] for row in rows_of(tmp_path / "whole")]
+    assert compared_as_told(cut, tmp_path / "whole") == ""
+    digest = hashlib.sha256((cut / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((cut / "summary.json").read_text())["weights_sha256"] == digest
+    assert f"ranks: {digest}" in said and f"ranks: {digest}" in whole[1]
+
+
+def test_an_operation_that_is_not_deterministic_ends_a_run_with_virtual_ranks_by_its_name(tmp_path: Path) -> None:
+    def net_with_put(*args: Any) -> torch.nn.Module:
+        net = make_net(*args)
+        net.register_forward_hook(lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)) and None)
+        return net
+
+    threads = torch.get_num_threads()
+    with mock.patch("loop.nets.make_net", net_with_put):
+        code, said = run_here("--virtual-ranks 4", tmp_path)
+    line = "train.py: error: --virtual-ranks 4: put_ does not have a deterministic implementation. It has no checkpoint"
+    assert (code, said.splitlines()[-1]) == (1, line)
+    after = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    assert after == (False, threads), "a later run in the same process is as it was"
+
+
+@pytest.mark.parametrize(("before", "now"), [("8", "4"), ("0", "8"), ("8", "0")])
+def test_another_number_of_virtual_ranks_is_other_mathematics(tmp_path: Path, before: str, now: str) -> None:
+    cut_off(World(1), f"--virtual-ranks {before}", tmp_path, 3)
+    with pytest.raises(InputError, match=f"virtual_ranks {before} -> {now}"):
+        run_here(f"--virtual-ranks {now} --run-name cut --resume auto", tmp_path)
+
+
+def test_a_checkpoint_of_a_version_without_virtual_ranks_has_none(tmp_path: Path) -> None:
+    cut_off(World(1), "", tmp_path, 3)
+    (state,) = (tmp_path / "cut/checkpoints").glob(f"*/{STATE}")
+    values = json.loads(state.read_text())
+    del values["mathematics"]["virtual_ranks"]
+    state.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="virtual_ranks 0 -> 8"):
+        run_here("--virtual-ranks 8 --run-name cut --resume auto", tmp_path)
+    assert run_here("--run-name cut --resume auto", tmp_path)[0] == 0
 
 
 @pytest.fixture
@@ -289,6 +362,26 @@ def test_a_path_begins_a_new_run_and_leaves_the_old_one_alone(cut: Path) -> None
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_a_path_began_goes_on_from_there_until_it_has_a_checkpoint(cut: Path) -> None:
+    code, _ = run_here(f"--run-name c --resume {cut / 'checkpoints' / 'epoch-0002-step-00000005'}", cut.parent)
+    assert code == 0
+    for _ in range(2):  # killed before its first checkpoint, twice
+        shutil.rmtree(cut.parent / "c" / "checkpoints")
+        (cut.parent / "c" / "summary.json").unlink()
+        code, said = run_here("--run-name c --resume auto", cut.parent)
+        assert code == 0
+        assert "going on from" in said
+        assert_equal(cut.parent / "c", cut.parent / "whole")
+
+
+def test_a_checkpoint_that_the_disk_does_not_return_is_not_to_be_removed(cut: Path) -> None:
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    with mock.patch("accelerate.Accelerator.load_state", side_effect=stale), pytest.raises(InputError) as refused:
+        run_here("--run-name cut --resume auto", cut.parent)
+    assert "cannot be read" in str(refused.value)
+    assert "remove" not in str(refused.value)
+
+
 def start_here(flags: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     """Call train.py's main, which is expected to end before it trains; return the exit code."""
     words = f"train.py {SMALL} --dataset {out} --out {out} {flags}".split()
@@ -435,11 +528,11 @@ def test_a_resumed_run_keeps_what_it_is_not_told_to_change(tmp_path: Path) -> No
     assert train.train(parse(cut_short.split())) == 0
     before = parse(cut_short.split())
     told = ["--out", str(tmp_path), "--run-name", "run", "--resume", "auto", "--tags", "c"]
-    now = keep_what_is_not_told(parse(told), told, world_size=1)
+    now = with_kept_flags(parse(told), told, world_size=1)
     assert now == replace(before, resume="auto", tags=("c",), lr=0.1, cpu=False)
     again = [*cut_short.split(), "--resume", "auto"]
-    assert keep_what_is_not_told(parse(again), again, 1) == parse([*again, "--lr", "0.1"]), "told everything once more"
-    assert keep_what_is_not_told(before, cut_short.split(), 1) == before, "without --resume auto"
+    assert with_kept_flags(parse(again), again, 1) == parse([*again, "--lr", "0.1"]), "told everything once more"
+    assert with_kept_flags(before, cut_short.split(), 1) == before, "without --resume auto"
 
 
 @pytest.mark.parametrize(

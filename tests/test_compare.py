@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scripts.compare.__main__ import in_blocks, main
+from scripts.compare.__main__ import in_blocks, main, tabulate
 from scripts.compare.page import style, thin, to_html
 from scripts.panels import PANELS, SECTIONS
 from scripts.runs import differing, grouped, read_runs
@@ -98,6 +98,12 @@ def test_the_table_has_what_differs_and_the_last_and_best_metrics(
         ["a", "0.1", "2.15.0", "0.1667", "0.7300", "0.9000", "0.25", "2,000"],
         ["b", "0.0004", "2.16.0", "1.667", "0.7300", "0.9000", "-", "2,000"],
     ]
+
+
+def test_the_weights_hash_stands_last_where_a_run_has_one(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    (runs[0] / "summary.json").write_text(json.dumps({"weights_sha256": "0123456789ab" + "c" * 52}))
+    assert [row[-1] for row in tabulate([], read_runs(runs))] == ["weights", "0123456789ab", "-"]
 
 
 def test_a_key_that_only_some_runs_have_tells_them_apart(tmp_path: Path) -> None:

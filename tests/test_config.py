@@ -58,6 +58,12 @@ REFUSED = [
     ("--cpu --mixed-precision fp16", "--mixed-precision fp16 needs a GPU"),
     ("--tail drop --train-examples 100", "--tail drop leaves an epoch without a step"),
     ("--tail pad --accumulate 3", "--tail pad needs"),
+    ("--virtual-ranks -1", "--virtual-ranks -1 must be 0 or more"),
+    ("--virtual-ranks 65 --batch-size 64", "--virtual-ranks 65 must be 0 or more, and at most --batch-size"),
+    ("--virtual-ranks 8 --accumulate 2", "--virtual-ranks sets the micro-batches itself: leave out --accumulate"),
+    ("--virtual-ranks 8 --normalize rank", "--virtual-ranks needs --normalize global"),
+    ("--virtual-ranks 8 --mixed-precision fp16", "without fp16's scaler: use bf16"),
+    ("--virtual-ranks 24 --tail pad --batch-size 36", "--tail pad needs ranks x micro-batches (1 x 24 = 24)"),
     (f"--tags {'x' * 65}", "a tag has 1 to 64 characters"),
     (
         "--wandb-project my/proj",
@@ -110,6 +116,14 @@ def test_check_knows_the_ranks_that_will_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "3 x 1 = 3" in refusal("--check --tail pad", monkeypatch, capsys, WORLD_SIZE="3")
+
+
+def test_ranks_that_do_not_divide_the_virtual_ones_are_refused_with_those_that_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal("--virtual-ranks 12", monkeypatch, capsys, WORLD_SIZE="8")
+    message = "--virtual-ranks 12: 8 ranks do not divide 12: start one of 1, 2, 3, 4, 6, 12"
+    assert said == f"train.py: error: {message}\n"
 
 
 def test_an_existing_run_is_not_overwritten(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loop import parity
 from scripts import recipes
 from scripts.recipes import CLASSES, IGNORED, LR, Batch, deal, make_net
 from tests.launches import environment
@@ -25,6 +25,7 @@ PACKAGES = {
     "ddp": "torch", "accelerate": "accelerate", "trainer": "transformers", "lightning": "lightning", "fsdp2": "torch",
     "masked_tokens": "torch",
 }  # fmt: skip
+SLOW_TO_IMPORT = ("trainer", "lightning")  # 15 to 30 s of imports on three ranks
 SIZES = [  # of step, rank and micro-batch
     [(3, 2), (1, 4), (5, 1)],
     [(2, 3), (0, 0), (1, 0)],  # rank 1 has no example
@@ -76,15 +77,16 @@ def trained(recipe: str, right: bool) -> Tensor:
     module = importlib.import_module(f"scripts.recipes.{recipe}")
     rank = torch.distributed.get_rank()
     batches = [cells(step, rank, recipe == "masked_tokens") for step in range(len(SIZES))]
-    with patch.dict(os.environ, TORCHELASTIC_RUN_ID="0"):  # as torchrun: else Lightning deletes WORLD_SIZE in the end
-        ours = weights((module.train if right else module.plain)(batches))
+    ours = weights((module.train if right else module.plain)(batches))
     AcceleratorState._reset_state()
     return ours
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "plain"])
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("recipe", PACKAGES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_TO_IMPORT)) for name in PACKAGES]
+)
 def test_a_recipe_is_right_and_without_its_lines_wrong_as_predicted(
     world: Callable[[int], World], recipe: str, world_size: int, right: bool
 ) -> None:
@@ -141,3 +143,22 @@ def test_a_recipe_runs_as_it_stands(recipe: str, ranks: int, flag: str) -> None:
     (line,) = done.stdout.splitlines()
     far = float(line.split(": ")[1].split()[0])
     assert far > 1e-2 if flag else far < 1e-12
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("masked_tokens", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "lightning", "trainer")),  # to 110 s
+    ],
+)
+def test_parity_passes_the_recipe_and_names_what_is_wrong_with_the_plain_loop(recipe: str) -> None:
+    module = pytest.importorskip(f"scripts.recipes.{recipe}", exc_type=ImportError)
+    masked = recipe == "masked_tokens"
+    x, y = (
+        torch.cat(part) for part in zip(*(cell for step in deal(0, 1, masked=masked) for cell in step), strict=True)
+    )
+    how: dict[str, Any] = {"data": (x, y), "batch_size": 16, "masked": IGNORED if masked else None}
+    parity.assert_parity(module.train, **how)
+    report = parity.parity(module.plain, **how)
+    assert report.causes == {ranks: [parity.MEANS.name] for ranks in (1, 2, 3)}, str(report)

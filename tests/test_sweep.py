@@ -45,6 +45,13 @@ def test_runs_are_named_after_what_varies(tmp_path: Path) -> None:
     assert all(run.config.group == "g" for run in runs)
 
 
+def test_runs_with_virtual_ranks_have_the_number_of_ranks_in_their_names(tmp_path: Path) -> None:
+    runs = plan(["--out", str(tmp_path), "--virtual-ranks", "0", "8"], [1, 2], "g")
+    names = [run.folder.name.removeprefix("g-mean-global-spread-") for run in runs]
+    assert names == ["w1-b256", "v8-b256-w1", "w2-b256", "v8-b256-w2"]
+    assert len({run.launch_key for run in runs}) == 4, "cuBLAS is set up once a process"
+
+
 def test_axes_that_share_values_do_not_share_names(tmp_path: Path) -> None:
     runs = plan(["--out", str(tmp_path), "--seed", "1", "2", "--accumulate", "1", "2"], [1], "g")
     assert len({run.folder for run in runs}) == 4

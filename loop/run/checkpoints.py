@@ -26,7 +26,7 @@ from loop.files import sync
 from loop.progress import Progress
 from loop.reduction import global_count
 from loop.run.folder import write_json
-from loop.run.resume import NAMES, STATE, mathematics, state_of
+from loop.run.resume import CHECKPOINTS, STATE, mathematics, state_of
 from loop.run.run import Run
 from loop.run.watchdog import first_line, is_from_backend
 from loop.shards import Cell
@@ -74,9 +74,9 @@ class Checkpoints:
             folder.mkdir(exist_ok=True)
             scratch.mkdir()
         # Each rank's sums and whether it had a signal, in one reduce, in which the others wait for the folder.
-        of_ranks = torch.zeros(run.world_size, 4, dtype=widest(run.device), device=run.device)
-        mine = [*(self.progress.sums[i] for i in range(3)), float(run.told_to_stop)]
-        of_ranks[run.rank] = torch.tensor(mine, dtype=of_ranks.dtype)
+        mine = [[*sums, float(run.told_to_stop)] for sums in self.progress.sums.shares]
+        of_ranks = torch.zeros(len(mine) * run.world_size, 4, dtype=widest(run.device), device=run.device)
+        of_ranks[run.rank :: run.world_size] = torch.tensor(mine, dtype=of_ranks.dtype)
         run.watchdog.advance()
         of_ranks = global_count(of_ranks, run.device).cpu()
         sums, stops = of_ranks[:, :3], of_ranks[:, 3]
@@ -107,7 +107,7 @@ class Checkpoints:
         scratch.rename(final)
         sync(scratch.parent)
         self.good = [*(path for path in self.good if path != final), final][-KEPT:]
-        for other in set(scratch.parent.glob(NAMES)) - set(self.good):  # older, or left out
+        for other in set(scratch.parent.glob(CHECKPOINTS)) - set(self.good):  # older, or left out
             shutil.rmtree(other, ignore_errors=True)
 
     def resume(self) -> None:
@@ -123,6 +123,8 @@ class Checkpoints:
             run.accelerator.load_state(str(checkpoint), map_location="cpu")
             if self.replicas_differ:
                 self.module.load_state_dict(load_file(self._replica(checkpoint)))
+        except OSError as error:
+            raise InputError(f"{checkpoint} cannot be read ({first_line(error)}): try again") from error
         except Exception as error:
             if is_from_backend(error) or isinstance(error, torch.OutOfMemoryError):
                 raise

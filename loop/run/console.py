@@ -19,7 +19,7 @@ def opening(config: Config, shards: Shards, device: str, folder: Path) -> str:
         f"{config.net} on {config.dataset}: {shards.examples} examples, {config.epochs} x {len(shards.steps)} steps",
         f"{shards.world_size} rank(s) on {device}, {config.dtype}, mixed precision {config.mixed_precision}",
         f"a step: {full.n_global} examples in {shards.cells} cell(s): {sizes_in_words(full.sizes)}"
-        + (f", {config.accumulate} micro-batches a rank" if config.accumulate > 1 else ""),
+        + (f", {shards.accumulate} micro-batches a rank" if shards.accumulate > 1 else ""),
         f"an epoch's last step (--tail {config.tail}): {last.n_global} examples: {sizes_in_words(last.sizes)}",
         f"--reduction {config.reduction} --normalize {config.normalize}, "
         + (f"{config.optimizer}" if config.updater == "torch" else "the book's scratch sgd")
@@ -49,8 +49,9 @@ def last_batch(config: Config, shards: Shards) -> str:
     cells = [(size, weight * n) for size, weight in zip(sizes, weights, strict=True) if size]
     (smallest, light), (largest, heavy) = min(cells), max(cells)
 
+    joined = "added" if config.virtual_ranks else "averaged"
     dealt = (
-        f"in {shards.cells} cells ({sizes_in_words(sizes)}), which were averaged" if shards.cells > 1 else "in one cell"
+        f"in {shards.cells} cells ({sizes_in_words(sizes)}), which were {joined}" if shards.cells > 1 else "in one cell"
     )
     weighed = f"an example weighed {light:.4g}/n"
     if light != heavy:

@@ -8,6 +8,8 @@ import gc
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -197,6 +199,25 @@ def set_float32_precision(*, tf32: bool) -> None:
     import torch
 
     torch.backends.cudnn.fp32_precision = "tf32" if tf32 else "ieee"  # cuBLAS included
+
+
+@contextmanager
+def equal_bits() -> Iterator[None]:
+    """Within it, the same operations on the same numbers give the same bits, or raise an error that names one.
+
+    To be entered before torch is imported: cuBLAS reads its variable once.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    import torch
+
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)  # another number would split a matrix product in another way
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def keep_freed_memory() -> None:

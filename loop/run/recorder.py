@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from loop.animator import Animator
 from loop.audit import or_infinite, replica_drift
-from loop.book import CURVES, Accumulator, Epoch
+from loop.book import CURVES, Epoch
 from loop.effect import effective_lr, steps_by_lr
 from loop.progress import Progress
 from loop.run.console import worst_audit
@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self, run: Run, updater: CellUpdater | Audited, progress: Progress) -> None:
         self.run, self.config, self.updater, self.progress = run, run.config, updater, progress
-        self.sums = Accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
+        self.sums = progress.accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
         self.worst: tuple[int, float] | None = None  # audited step, and its error
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.examples_before = progress.examples  # when this process began the epoch under way
@@ -61,7 +61,7 @@ class Recorder:
         """Add up the step that gets a row; after its last cell, log it. The progress has counted it by then."""
         due = self.config.logs(self.progress.step + (not cell.last))
         if due:
-            self.sums.add(loss_sum, correct, examples)
+            self.sums.add(loss_sum, correct, examples, cell.last and self.run.told_to_stop)
         if cell.last:
             self.bar.update()
             audited = self.config.audits(self.progress.step, cell.step.sizes)
@@ -73,7 +73,6 @@ class Recorder:
     def _log_step(self, sizes: tuple[int, ...], due: bool, audited: bool) -> None:
         stops, row = 0.0, self._numbered({})
         if due:
-            self.sums.add(0, 0, 0, self.run.told_to_stop)
             self.sums.all_reduce(self.run.device)
             loss, acc, stops = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2], self.sums[3]
             self.sums.reset()

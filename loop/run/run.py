@@ -6,6 +6,7 @@ exit code here and nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from loop.config import Config, InputError
 from loop.effect import steps_by_lr, target_reduction
 from loop.run.folder import FAILED, git_commit, installed, write_json
-from loop.run.launch import leave_ranks_at_exit, reports_errors
+from loop.run.launch import equal_bits, leave_ranks_at_exit, reports_errors
 from loop.run.stopping import StopSignal
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from loop.audit import Reading
     from loop.idx import Size
 
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
@@ -77,13 +79,15 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal())  # before torch, whose import takes seconds
+            if self.config.virtual_ranks:
+                stack.enter_context(equal_bits())  # before torch, too
             self._join()
             stack.enter_context(self.watchdog)
             self.ends = stack.pop_all()
         return self
 
     def _join(self) -> None:
-        from loop.progress import Progress
+        from loop.progress import make_progress
         from loop.run.launch import join_ranks, keep_freed_memory, launched_rank
         from loop.run.wandb_tracker import make_tracker
         from loop.run.watchdog import Watchdog
@@ -96,7 +100,7 @@ class Run:
         self.is_main: bool = self.accelerator.is_main_process
         self.stop.last_resort = self._stop_alone
         self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_from_thread)
-        self.progress = Progress()
+        self.progress = make_progress(self.config, self.rank, self.world_size)
 
     def open(self, size: Size, remarks: Sequence[str] = ()) -> None:
         """Plan the epochs; make or open the run's folder, start its trackers, print what will be done.
@@ -109,19 +113,23 @@ class Run:
 
         from loop.run import console
         from loop.run.folder import open_run
-        from loop.run.resume import prepare_resume
+        from loop.run.resume import begun_from, is_foreign, prepare_resume
 
         self.size = size
         self.shards = self.config.shards(size.examples, self.world_size)
         begun: list[Any] = [None, None, None]
+        origin: Path | None = None  # of a run that began from another's checkpoint
         if self.is_main:
             self.files = open_run(self.config, self.world_size)
             self.ends.callback(self.files.close)
             checkpoint = prepare_resume(self.config, self.files, size, self.world_size)
+            origin = begun_from(self.files.path)
+            if checkpoint and is_foreign(checkpoint, self.files.path):
+                origin = checkpoint.resolve()
             begun = [self.files.path, self.files.run_id, checkpoint]
         self.watchdog.advance()
         self.folder, self.run_id, self.resume_from = broadcast_object_list(begun)
-        described = self._describe()
+        described = {**self._describe(), "begun_from": origin}
         if self.is_main:
             write_json(self.folder / "config.json", described)
             for end in (FAILED, "summary.json"):  # of a run that goes on
@@ -142,6 +150,7 @@ class Run:
         return {
             **asdict(self.config),
             "lr": self.config.learning_rate,
+            "accumulate": self.shards.accumulate,
             "train_examples": self.shards.examples,
             "classes": self.size.classes,
             "world_size": self.world_size,
@@ -255,11 +264,15 @@ class Run:
         from loop.run.checkpoints import failing_as_os_error
 
         if self.is_main:
+            model, skipped = self.folder / "model.safetensors", self.progress.skipped_steps
             with failing_as_os_error(self.folder):
-                save_file(self.accelerator.unwrap_model(net).state_dict(), self.folder / "model.safetensors")
-            skipped = self.progress.skipped_steps
-            write_json(self.folder / "summary.json", {**summary, "skipped_steps": skipped})
-            print(console.results(summary, skipped), console.last_batch(self.config, self.shards), sep="\n")
+                save_file(self.accelerator.unwrap_model(net).state_dict(), model)
+            kept, lines = {**summary, "skipped_steps": skipped}, [console.results(summary, skipped)]
+            if self.config.virtual_ranks:
+                kept["weights_sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
+                lines.append(f"SHA-256 of {model.name}, on any number of ranks: {kept['weights_sha256']}")
+            write_json(self.folder / "summary.json", kept)
+            print(*lines, console.last_batch(self.config, self.shards), sep="\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool:
         together = error is None or isinstance(error, RunEnded)  # all ranks end
@@ -292,6 +305,8 @@ class Run:
                 print(f"train.py: error: {error}", file=sys.stderr, flush=True)
             return False
         line = f"the run cannot be saved: {error}" if isinstance(error, OSError) else None
+        if NOT_DETERMINISTIC in str(error):  # on this device; torch names the operation
+            line = f"--virtual-ranks {self.config.virtual_ranks}: {first_line(error).partition(',')[0]}"
         if is_from_backend(error):
             cause = self.watchdog.cause() or "a collective failed"
             line = f"{cause} (the backend: {first_line(error)})"

@@ -247,6 +247,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             best = min if rule.startswith("min") else max
             if finite := [value for value in values if math.isfinite(value)]:
                 self.run.summary[key] = {best.__name__: best(finite), "last": values[-1]}
+        written = self.files.path / "summary.json"
+        weights = json.loads(written.read_text()).get("weights_sha256") if written.exists() else None
+        if weights:
+            self.run.summary["weights_sha256"] = weights
 
     def _count_held(self) -> None:
         """Note how many of the run's rows W&B has from before: on its server, or in earlier files."""

@@ -92,7 +92,10 @@ def compare(runs: Sequence[Run], group: str | None, color_by: str | None, to: Pa
 
 
 def tabulate(keys: Sequence[str], runs: Sequence[Run]) -> list[list[str]]:
-    """Return a header and a row for each run: its label, its value of each key, and those COLUMNS that any run has."""
+    """Return a header and a row for each run: its label, its value of each key, and those COLUMNS that any run has.
+
+    The weights' SHA-256, where a run has it, stands last, shortened as git's are.
+    """
     columns = [column for column in COLUMNS if any(column[1].key in run.curves for run in runs)]
     table = [["run", *keys, *(title for title, *_ in columns)]]
     for run in runs:
@@ -101,6 +104,9 @@ def tabulate(keys: Sequence[str], runs: Sequence[Run]) -> list[list[str]]:
             values = [value for _, value in run.curves.get(panel.key, [])]
             row.append(format(pick(values), form) if values else "-")
         table.append(row)
+    if any(run.weights for run in runs):
+        for row, weights in zip(table, ["weights", *((run.weights or "-")[:12] for run in runs)], strict=True):
+            row.append(weights)
     return table
 
 

@@ -1,0 +1,241 @@
+"""Virtual ranks: the weights are the same bits on any number of ranks that divides V, and the sum is the gradient."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from loop import virtual_ranks
+from loop.data import as_floats, epoch_order
+from loop.nets import make_net
+from loop.virtual_ranks import VirtualRanks, prime_factors, tree_sum, world_size
+from tests.cases import relative_distance, toy_config, toy_split, train_here, train_plainly, worst_metric_error
+from tests.ranks import World
+
+BATCH = 96
+EXAMPLES = 3 * BATCH + 5  # in the last step most cells are empty
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+}
+
+
+def all_reduced(parts: list[Tensor], group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum as a plain loop has it: micro-batch by micro-batch, then the backend's all-reduce."""
+    total = torch.stack(parts).sum(0)
+    if world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def sha256(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(net_name: str, optimizer: str, v: int, *, tree: bool = True, groups: tuple[tuple[int, ...], ...] = ()) -> str:
+    """Train for an epoch on this rank's cells; return the hash of its weights. groups: of ranks that train alone."""
+    made = [(ranks, dist.new_group(list(ranks))) for ranks in groups]
+    group = next((each for ranks, each in made if dist.get_rank() in ranks), None)
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    split = toy_split(EXAMPLES)
+    torch.manual_seed(0)
+    net = make_net(net_name)
+    updater = OPTIMIZERS[optimizer](net.parameters())
+    shares = VirtualRanks(net.parameters(), v, group)
+    with mock.patch.object(virtual_ranks, "tree_sum", tree_sum if tree else all_reduced):
+        for batch in epoch_order(EXAMPLES, 0, 0).split(BATCH):
+            for cell in batch.tensor_split(v)[rank :: world_size(group)]:
+                losses = cross_entropy(
+                    net(as_floats(split.images[cell], torch.float32)), split.labels[cell], reduction="none"
+                )
+                shares.add(losses.sum() / len(batch))
+            shares.reduce()
+            updater.step()
+    return sha256(net)
+
+
+@pytest.mark.parametrize(("v", "worlds"), [(8, (1, 2, 4)), (24, (1, 2, 3, 4))])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("net", ["softmax", "mlp", "lenet"])
+def test_the_weights_are_the_same_bits_on_any_number_of_ranks(
+    world: Callable[[int], World], net: str, optimizer: str, v: int, worlds: tuple[int, ...]
+) -> None:
+    hashes = {w: world(w).run(train, net, optimizer, v) for w in worlds}
+    assert len({each for of_ranks in hashes.values() for each in of_ranks}) == 1, hashes
+
+
+@pytest.mark.parametrize("net", ["softmax", "mlp", "lenet"])
+def test_with_the_backends_all_reduce_the_bits_depend_on_the_number_of_ranks(
+    world: Callable[[int], World], net: str
+) -> None:
+    hashes = {w: world(w).run(train, net, "momentum", 24, tree=False) for w in (1, 2, 3, 4)}
+    assert all(len(set(of_ranks)) == 1 for of_ranks in hashes.values()), "the replicas of one training are equal"
+    assert len({of_ranks[0] for of_ranks in hashes.values()}) == 4, hashes
+
+
+def test_two_groups_train_each_by_itself(world: Callable[[int], World]) -> None:
+    (alone,) = world(1).run(train, "softmax", "momentum", 8)
+    assert world(4).run(train, "softmax", "momentum", 8, groups=((0, 1), (2, 3))) == [alone] * 4
+
+
+def cells(v: int) -> list[Tensor]:
+    """V vectors of float32 whose sum depends on the order of additions."""
+    generator = torch.Generator().manual_seed(v)
+    return [torch.randn(1000, generator=generator) * 10.0 ** (i % 5) for i in range(v)]
+
+
+def sum_here(v: int) -> Tensor:
+    """Return the tree's sum of `cells(v)`, of which this rank holds its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return tree_sum(cells(v)[rank :: world_size()])
+
+
+def test_the_tree_is_the_one_that_is_drawn(world: Callable[[int], World]) -> None:
+    a, b, c, d, e, f, g, h = cells(8)
+    eight = ((a + e) + (c + g)) + ((b + f) + (d + h))
+    assert not torch.equal(eight, sum(cells(8))), "another order must show"
+    for w in (1, 2, 4):
+        assert all(torch.equal(ours, eight) for ours in world(w).run(sum_here, 8)), w
+    a, b, c, d, e, f = cells(6)
+    six = ((a + c) + e) + ((b + d) + f)
+    assert not torch.equal(six, sum(cells(6)))
+    for w in (1, 2, 3):
+        assert all(torch.equal(ours, six) for ours in world(w).run(sum_here, 6)), w
+
+
+@pytest.mark.parametrize("v", [1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 24, 30, 36])
+def test_the_sum_is_that_of_float64_to_rounding_and_the_same_for_every_divisor(
+    world: Callable[[int], World], v: int
+) -> None:
+    exact = torch.stack(cells(v)).double()
+    sums = {w: world(w).run(sum_here, v) for w in (1, 2, 3, 4) if v % w == 0}
+    additions = sum(p - 1 for p in prime_factors(v))  # on a cell's way to the root, each off by half an ulp
+    bound = 1.01 * additions * 2.0**-24 * exact.abs().sum(0)
+    for w, of_ranks in sums.items():
+        for ours in of_ranks:
+            assert torch.equal(ours, sums[1][0]), w
+            assert ((ours.double() - exact.sum(0)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("n", "factors"), [(1, []), (2, [2]), (24, [3, 2, 2, 2]), (35, [7, 5]), (97, [97])])
+def test_prime_factors_come_largest_first(n: int, factors: list[int]) -> None:
+    assert prime_factors(n) == factors
+
+
+def test_the_gradient_is_the_batchs_also_of_what_a_cell_does_not_use() -> None:
+    torch.manual_seed(0)
+    used, frozen, unused = (torch.randn(3, dtype=torch.float64, requires_grad=i != 1) for i in range(3))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    shares = VirtualRanks([used, frozen, unused], 2)
+    for half in (x[:2], x[2:]):
+        shares.add((half * used * frozen).sum() / 4)
+    shares.reduce()
+    torch.testing.assert_close(used.grad, x.mean(0) * frozen, rtol=1e-14, atol=1e-15)
+    assert frozen.grad is None
+    assert torch.equal(unused.grad, torch.zeros(3, dtype=torch.float64))
+
+
+def refusal(v: int) -> str:
+    with pytest.raises(ValueError) as refused:
+        VirtualRanks([torch.ones(1, requires_grad=True)], v)
+    return str(refused.value)
+
+
+def test_ranks_that_do_not_divide_and_cells_that_are_missing_are_refused(world: Callable[[int], World]) -> None:
+    assert world(3).run(refusal, 8) == ["3 ranks do not divide 8 virtual ranks"] * 3
+    assert world(2).run(refusal, 0) == ["2 ranks do not divide 0 virtual ranks"] * 2
+    weight = torch.ones(1, requires_grad=True)
+    shares = VirtualRanks([weight], 2)
+    shares.add(weight.sum())
+    with pytest.raises(ValueError, match="a step has 2 cells on each rank, not 1"):
+        shares.reduce()
+
+
+def test_the_file_can_be_copied_and_needs_torch_alone(tmp_path: Path) -> None:
+    """It is the docstring's own loop that runs there."""
+    (tmp_path / "virtual_ranks.py").write_bytes(Path(virtual_ranks.__file__).read_bytes())
+    doc = inspect.getdoc(virtual_ranks)
+    usage = textwrap.dedent(doc[doc.index("    shares =") : doc.index("A net under Distributed")])
+    program = f"""
+import copy
+import sys
+import torch
+from torch.nn.functional import cross_entropy
+net = torch.nn.Linear(3, 2)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # which imports what torch itself needs
+class TorchAlone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {{*sys.stdlib_module_names, "torch", "virtual_ranks"}}:
+            raise ImportError(name)
+sys.meta_path.insert(0, TorchAlone())
+from virtual_ranks import VirtualRanks
+plain, rank, world_size, order = copy.deepcopy(net), 0, 1, torch.arange(300)
+x, y = torch.randn(300, 3), order % 2
+{usage}
+for batch in order.split(256):
+    plain.zero_grad()
+    cross_entropy(plain(x[batch]), y[batch]).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+assert (net.weight - plain.weight).norm() < 1e-6
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"net": "mlp"},
+    {"net": "lenet"},
+    {"reduction": "sum"},
+    {"momentum": 0.9, "weight_decay": 0.01},
+    {"optimizer": "adamw", "lr": 1e-3},
+    {"clip_norm": 0.5},
+    {"updater": "scratch"},
+    {"updater": "scratch", "reduction": "sum"},
+    {"tail": "ragged"},
+    {"tail": "pad"},
+    {"tail": "drop"},
+    {"mixed_precision": "bf16"},
+    {"dtype": "float64"},
+    {"audit_every": 1},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_training_gives_the_same_weights_and_figures_on_any_number_of_ranks(
+    world: Callable[[int], World], choice: dict[str, Any]
+) -> None:
+    config = toy_config(**{"dtype": "float32", "virtual_ranks": 12, "batch_size": 36, **choice})
+    examples = 2 * 36 + 5
+    results = [trained for w in (1, 2, 3, 4) for trained in world(w).run(train_here, config, examples)]
+    for trained in results:
+        assert {name: value.numpy().tobytes() for name, value in trained.weights.items()} == {
+            name: value.numpy().tobytes() for name, value in results[0].weights.items()
+        }
+        assert [epoch[:5] for epoch in trained.epochs] == [epoch[:5] for epoch in results[0].epochs]
+        assert all(reading.grad_rel_err < 1e-5 for reading in trained.readings)
+
+
+@pytest.mark.parametrize("choice", [{}, {"reduction": "sum"}, {"updater": "scratch"}, {"tail": "pad"}], ids=str)
+def test_training_takes_the_steps_of_one_process(world: Callable[[int], World], choice: dict[str, Any]) -> None:
+    config = toy_config(virtual_ranks=12, batch_size=36, **choice)
+    plain = train_plainly(config, 75)
+    for ours in world(3).run(train_here, config, 75):
+        assert relative_distance(ours.weights, plain.weights) < 1e-12
+        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12
