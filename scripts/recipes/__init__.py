@@ -91,7 +91,7 @@ def open_group() -> None:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    leave_ranks_at_exit(together=True)  # not before: a second group cannot be opened through torchrun's store
+    leave_ranks_at_exit(together=True)  # not before: a second group, opened through torchrun's store, hangs
 
 
 @dataclass(frozen=True)

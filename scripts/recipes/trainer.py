@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 -m scripts.recipes.trainer [--plain]
 
-The Trainer is right for models that divide their loss by `num_items_in_batch`. It counts the step's labels (but -100)
-over all micro-batches and ranks, `average_tokens_across_devices` being the default, and multiplies the loss by W. The
-loss of a model that does not take the number is averaged over W and K; `compute_loss_func` is the remedy.
+The Trainer is right for models that divide their loss by `num_items_in_batch`: the step's labels other than -100, which
+it counts over all micro-batches and, by default, all ranks (`average_tokens_across_devices`). It multiplies by W, too.
+The loss of a model that does not take the number is averaged over W and K; `compute_loss_func` is the remedy.
 
 Not covered: the Trainer's own loader, which fills up the last step with copies; the one here deals empty batches.
 """
