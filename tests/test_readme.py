@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
 from scripts import recipes, sweep, symptoms
-from scripts.recipes import masked_tokens
 from tests.cases import flat_gradient
 from tests.ranks import World
 
@@ -104,7 +105,7 @@ def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
     program, args, ranks = program_of(command)
-    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.recipes.masked_tokens": distance}[program]
+    run = {"train.py": trained, "scripts.symptoms": symptom}.get(program) or partial(distance, program)
     numbers, text = world(ranks).run(run, args, tmp_path)[0]
     for part in says.split("; "):
         *name, value = part.split()
@@ -142,10 +143,11 @@ def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
     return {}, text.replace("waited 1 s", f"waited {symptoms.PATIENCE_S:g} s")
 
 
-def distance(args: list[str], out: Path) -> tuple[dict[str, float], str]:
-    """Train the recipe for masked tokens on this rank."""
-    train = masked_tokens.plain if args == ["--plain"] else masked_tokens.train
-    return {"far": recipes.distance(train, masked=True)}, ""
+def distance(recipe: str, args: list[str], out: Path) -> tuple[dict[str, float], str]:
+    """Train by a recipe on this rank."""
+    module = importlib.import_module(recipe)
+    train = module.plain if "--plain" in args else module.train
+    return {"far": recipes.distance(train, masked=recipe.endswith("masked_tokens"))}, ""
 
 
 def test_there_are_commands_with_numbers_to_check() -> None:

@@ -9,8 +9,8 @@ over K and W. Both return the net.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loop.run.launch import launched_rank, launched_world_size, leave_ranks
+from loop.run.launch import launched_rank, launched_world_size, leave_ranks, leave_ranks_at_exit
 from scripts.command import Main, command
 
 Batch = tuple[Tensor, Tensor]
@@ -83,20 +83,15 @@ def distance(train: Train, *, masked: bool = False) -> float:
     return float((ours_end - end).norm() / (end - start).norm())
 
 
-@contextmanager
-def ranks() -> Iterator[None]:
-    """Join the launched ranks' gloo group, a group of one without a launcher, and leave it; use one that is open."""
+def open_group() -> None:
+    """Join the launched ranks' gloo group, a group of one without a launcher, unless one is open; leave it at exit."""
     if dist.is_initialized():
-        yield
         return
     if launched_world_size() > 1:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        leave_ranks()
+    leave_ranks_at_exit(together=True)  # not before: a second group cannot be opened through torchrun's store
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from loop.reduction import cell_backward, global_count
-from scripts.recipes import LR, Batches, make_net, ranks, recipe
+from scripts.recipes import LR, Batches, make_net, open_group, recipe
 
 
-@ranks()
 def train(batches: Batches, *, right: bool = True) -> nn.Module:
+    open_group()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     net = make_net(batches)
     sharded = fully_shard(net, mesh=mesh)  # the net itself, by another type

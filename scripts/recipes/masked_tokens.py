@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from loop.reduction import cell_backward, global_count
-from scripts.recipes import CLASSES, IGNORED, LR, Batches, make_net, ranks, recipe
+from scripts.recipes import CLASSES, IGNORED, LR, Batches, make_net, open_group, recipe
 
 
-@ranks()
 def train(batches: Batches, *, right: bool = True) -> nn.Module:
+    open_group()
     net = DistributedDataParallel(make_net(batches))
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     for step in batches:
