@@ -88,8 +88,8 @@ def shares(plan: Shards) -> str:
     of_rank_0 = abridged(range(plan.cells)[:: plan.world_size])
     return (
         f"Virtual ranks: on any number of ranks the last step has {plan.cells} shares, of "
-        f"{abridged(plan.last_step.sizes)} examples;\nrank 0 has the shares {of_rank_0}. Each share's gradient is taken "
-        "by itself, and all are added in one fixed tree."
+        f"{abridged(plan.last_step.sizes)} examples;\nrank 0 has the shares {of_rank_0}. Each share's gradient is "
+        "taken by itself, and all are added in one fixed tree."
     )
 
 
