@@ -23,7 +23,7 @@ from typing import Any
 from loop.config import Config, InputError, parse
 from loop.run.fetch import ensure_dataset
 from loop.run.launch import check_launch, count_gpus, launched_world_size, reports_errors
-from loop.run.resume import is_finished, keep_what_is_not_told
+from loop.run.resume import is_finished, with_kept_flags
 from loop.run.run import Run
 from loop.run.streams import forgive_streams
 
@@ -35,7 +35,7 @@ def main() -> None:
     try:
         check_launch(sys.argv[1:])
         config = parse(quiet=not reporting)
-        config = keep_what_is_not_told(config, sys.argv[1:], launched_world_size())
+        config = with_kept_flags(config, sys.argv[1:], launched_world_size())
         config.validate()
         size = ensure_dataset(config, fetching=reporting)
         shards = config.shards(size.examples, launched_world_size())

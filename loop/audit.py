@@ -20,8 +20,8 @@ them from a loss of torch.nn (`COUNTS` lists which); for any other callable, a f
 A loss that returns a sum has `reduction="sum"`. The step is compared with the mean over all examples, whatever the loss
 returns, or with their sum under `target="sum"`.
 
-Comparing is a collective: a step that one rank is shown must be shown to all, where a rank has no example by an empty
-batch, or the others wait for it.
+Comparing is a collective: a step that one rank is shown must be shown to all, or the others wait. A rank without an
+example shows one whose labels are all masked (n=0), or an empty batch.
 
 The reference uses neither DDP nor any count of ranks or micro-batches: every rank back-propagates the *summed* loss of
 its own examples once more, through the bare module, and the sums are added over ranks. That is the gradient of all the
@@ -33,6 +33,8 @@ reference adds up what each rank computes alone.
 
 A rightly reduced gradient is off by rounding alone: on the book's nets, 256 examples, W = 2, by 2e-16 in float64, 1e-7
 in float32, 4e-3 under bf16's autocast. tests/test_audit.py bounds them by 1e-12, 1e-5 and 2e-2.
+
+From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ so its scale s_rk decides everything:
     sum        rank       1                   (1/WK) Σ g                  neither the sum nor the mean
     sum        global     averaged_over       Σ g                         the sum
 
-The file needs nothing but torch and is made to be copied. In a loop of your own, with W ranks under DDP (times K if
-your backward divides by K, as Accelerate's does):
+The last column is for averaged_over = W K, as in `Accelerator.backward`; under DDP alone WK is W there.
+
+The file needs nothing but torch and is made to be copied. In a loop of your own, with W ranks under DDP:
 
     n = global_count(sum(len(y) for x, y in micro_batches), device)      # over ranks and micro-batches
     for x, y in micro_batches:
@@ -23,7 +24,13 @@ your backward divides by K, as Accelerate's does):
 `cell_loss` is the same as a scalar, for a framework that back-propagates by itself (`accelerator.backward`).
 
 Where losses are masked or weighted, count weights instead of examples: `losses` holds weighted losses (0 where masked)
-and `n_global` the sum of the weights. The classical statement is Goyal et al. 2017 (arXiv:1706.02677), remark 3.
+and `n_global` the sum of the weights. A rank that has run out of examples still takes part: with one example whose
+labels are all masked, or whose losses are multiplied by 0. An empty batch (`x[:0]`) does as well, unless the net
+reshapes by `view(B, -1)`, which fails without examples.
+
+The classical statement is Goyal et al. 2017 (arXiv:1706.02677), remark 3.
+
+From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
 
 from __future__ import annotations
@@ -55,16 +62,15 @@ def cell_loss(
     averaged_over: int,
     reduction: Reduction = "mean",
     normalize: Normalize = "global",
-    n_local: Count | None = None,
 ) -> torch.Tensor:
     """Return the scalar that a cell back-propagates.
 
     losses: per-example (or per-token) losses of this cell, any shape, possibly empty; already weighted, 0 where masked.
     n_global: examples (or summed weights) of the whole step, over all ranks and micro-batches.
     averaged_over: how many cells the framework averages the gradient over: 1, W, or W K (module docstring).
-    n_local: the same count for this cell alone, used by `normalize="rank"`; by default the number of losses.
     """
-    return losses.sum() * _scale_of(losses, n_global, averaged_over, reduction, normalize, n_local)
+    scale = cell_scale(reduction, normalize, n_local=losses.numel(), n_global=n_global, averaged_over=averaged_over)
+    return losses.sum() * scale
 
 
 def cell_backward(
@@ -74,7 +80,6 @@ def cell_backward(
     averaged_over: int,
     reduction: Reduction = "mean",
     normalize: Normalize = "global",
-    n_local: Count | None = None,
 ) -> None:
     """Back-propagate a cell: `cell_loss(losses, ...).backward()`, without building the sum and the product first.
 
@@ -82,7 +87,7 @@ def cell_backward(
     """
     import torch
 
-    scale = _scale_of(losses, n_global, averaged_over, reduction, normalize, n_local)
+    scale = cell_scale(reduction, normalize, n_local=losses.numel(), n_global=n_global, averaged_over=averaged_over)
     losses.backward(torch.ones_like(losses) * scale)
 
 
@@ -116,18 +121,6 @@ def global_count(
             raise ValueError(f"cannot sum over ranks on {device}: the process group serves {backends} only")
         dist.all_reduce(total, group=group)
     return total
-
-
-def _scale_of(
-    losses: torch.Tensor,
-    n_global: Count,
-    averaged_over: int,
-    reduction: Reduction,
-    normalize: Normalize,
-    n_local: Count | None,
-) -> Count:
-    n_local = losses.numel() if n_local is None else n_local
-    return cell_scale(reduction, normalize, n_local=n_local, n_global=n_global, averaged_over=averaged_over)
 
 
 def _nonzero(count: Count) -> Count:

@@ -41,6 +41,8 @@ A net under DistributedDataParallel goes forward under `no_sync()`. What the fil
 - A rank computes in one CPU thread, or on a GPU under `torch.use_deterministic_algorithms(True)`: more threads split a
   matrix product in another way.
 - Other chips, another version of torch, another batch size or another V give other bits.
+
+From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
 
 from __future__ import annotations

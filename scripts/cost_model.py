@@ -14,9 +14,7 @@ The waiting is what the first net's step takes beyond the rest; the second net's
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ import numpy as np
 
 from loop.config import Config, InputError
 from loop.effect import effect
+from loop.parity import Ranks
 from loop.shards import Shards, Tail
 from scripts.command import command
 
@@ -63,10 +62,8 @@ def first_quartile(stamps: list[float]) -> float:
     return float(np.quantile(np.diff(stamps), 0.25))
 
 
-def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
-    """Be a rank, under DDP even where it is the only one; rank 0 answers."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def measure_rank() -> Measured:
+    """Measure on this rank, under DDP even where it is the only one."""
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator
@@ -76,7 +73,6 @@ def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
     from loop.book import train_epoch_ch3
     from loop.data import Split, TrainBatches
     from loop.nets import make_net
-    from loop.run.launch import leave_ranks
     from loop.updater import make_updater
 
     dist.init_process_group("gloo")
@@ -84,6 +80,7 @@ def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
     images = torch.randint(256, (EXAMPLES, 28, 28), dtype=torch.uint8)
     split, loss = Split(images, torch.randint(10, (EXAMPLES,))), nn.CrossEntropyLoss(reduction="none")
     found = Measured({}, {}, {})
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for name in NETS:
         net = DistributedDataParallel(make_net(name))
         found.gradients[name] = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -97,27 +94,13 @@ def rank_main(rank: int, world_size: int, port: int, answer: Any) -> None:
             found.steps[name, batch] = first_quartile(stamps[len(batches.shards.steps) :])
     for size in SIZES:
         found.reduces[size] = seconds(partial(dist.all_reduce, torch.zeros(size // 4)), 200)
-    if rank == 0:
-        answer.put(found)
-    leave_ranks()
+    return found
 
 
 def measure(world_size: int) -> Measured:
     """Start so many ranks here, and return what rank 0 measured."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answer = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(r, world_size, port, answer)) for r in range(world_size)]
-    for each in ranks:
-        each.start()
-    try:
-        found: Measured = answer.get(timeout=120)
-    finally:
-        for each in ranks:
-            each.join(10)
-            each.kill()
+    with Ranks(world_size) as ranks:
+        found: Measured = ranks.run(measure_rank, timeout=120)[0]
     return found
 
 

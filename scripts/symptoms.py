@@ -240,7 +240,8 @@ def scheduler_too_fast(fixed: bool) -> Shown:
 def uneven_hang(fixed: bool, patience_s: float = PATIENCE_S) -> Shown:
     """Uneven inputs hang: a rank with one batch more waits in its next collective for ranks that have none left.
 
-    The cure gives every rank as many batches, some empty. (`join_uneven_inputs` does nothing on CPU ranks.)
+    The cure gives every rank as many batches, some empty. A net that reshapes by `view(B, -1)` takes an example with
+    every label masked instead. (`join_uneven_inputs` does nothing on CPU ranks.)
     """
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
     rank, world_size = accelerator.process_index, accelerator.num_processes

@@ -46,6 +46,8 @@ def world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
 
     def of_size(size: int) -> World:
+        if size in worlds and not worlds[size].usable:
+            worlds.pop(size).close()
         if size not in worlds:
             worlds[size] = World(size)
         return worlds[size]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -573,31 +571,6 @@ def test_the_epoch_tells_who_sees_which_examples(
     for first, second in world(2).run(epochs_of, order):
         assert (first.repeated, second.repeated) == (repeated, repeated)
         assert (first.same_order, second.same_order) == (False, same_order)
-
-
-def test_the_file_can_be_copied_and_needs_torch_alone(tmp_path: Path) -> None:
-    copy_of = tmp_path / "audit.py"
-    copy_of.write_bytes(Path(loop.audit.__file__).read_bytes())
-    program = """
-import sys
-import torch
-net, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # which imports what torch itself needs
-class TorchAlone:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "audit"}:
-            raise ImportError(name)
-sys.meta_path.insert(0, TorchAlone())
-from audit import audit
-with audit(net, loss, optimizer) as a:
-    x, y = torch.ones(4, 3), torch.tensor([0, 1, 1, 0])
-    a.saw(x, y)
-    loss(net(x), y).backward()
-    optimizer.step()
-assert a.worst().grad_rel_err < 1e-6
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_kullback_leibler_sum_needs_a_count_as_torch_has_two_means_of_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -30,7 +31,7 @@ from loop.nets import make_net
 from loop.run import checkpoints, folder
 from loop.run.checkpoints import Checkpoints
 from loop.run.folder import open_run
-from loop.run.resume import STATE, command_to_go_on, find_flaw, keep_what_is_not_told, newest
+from loop.run.resume import STATE, command_to_go_on, find_flaw, newest, with_kept_flags
 from tests.cases import relative_distance, toy_split
 from tests.launches import rows_of
 from tests.ranks import World
@@ -361,6 +362,26 @@ def test_a_path_begins_a_new_run_and_leaves_the_old_one_alone(cut: Path) -> None
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_a_path_began_goes_on_from_there_until_it_has_a_checkpoint(cut: Path) -> None:
+    code, _ = run_here(f"--run-name c --resume {cut / 'checkpoints' / 'epoch-0002-step-00000005'}", cut.parent)
+    assert code == 0
+    for _ in range(2):  # killed before its first checkpoint, twice
+        shutil.rmtree(cut.parent / "c" / "checkpoints")
+        (cut.parent / "c" / "summary.json").unlink()
+        code, said = run_here("--run-name c --resume auto", cut.parent)
+        assert code == 0
+        assert "going on from" in said
+        assert_equal(cut.parent / "c", cut.parent / "whole")
+
+
+def test_a_checkpoint_that_the_disk_does_not_return_is_not_to_be_removed(cut: Path) -> None:
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    with mock.patch("accelerate.Accelerator.load_state", side_effect=stale), pytest.raises(InputError) as refused:
+        run_here("--run-name cut --resume auto", cut.parent)
+    assert "cannot be read" in str(refused.value)
+    assert "remove" not in str(refused.value)
+
+
 def start_here(flags: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     """Call train.py's main, which is expected to end before it trains; return the exit code."""
     words = f"train.py {SMALL} --dataset {out} --out {out} {flags}".split()
@@ -507,11 +528,11 @@ def test_a_resumed_run_keeps_what_it_is_not_told_to_change(tmp_path: Path) -> No
     assert train.train(parse(cut_short.split())) == 0
     before = parse(cut_short.split())
     told = ["--out", str(tmp_path), "--run-name", "run", "--resume", "auto", "--tags", "c"]
-    now = keep_what_is_not_told(parse(told), told, world_size=1)
+    now = with_kept_flags(parse(told), told, world_size=1)
     assert now == replace(before, resume="auto", tags=("c",), lr=0.1, cpu=False)
     again = [*cut_short.split(), "--resume", "auto"]
-    assert keep_what_is_not_told(parse(again), again, 1) == parse([*again, "--lr", "0.1"]), "told everything once more"
-    assert keep_what_is_not_told(before, cut_short.split(), 1) == before, "without --resume auto"
+    assert with_kept_flags(parse(again), again, 1) == parse([*again, "--lr", "0.1"]), "told everything once more"
+    assert with_kept_flags(before, cut_short.split(), 1) == before, "without --resume auto"
 
 
 @pytest.mark.parametrize(

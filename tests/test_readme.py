@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -26,7 +27,8 @@ import train
 from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
-from scripts import masked_tokens, sweep, symptoms
+from scripts import recipes, sweep, symptoms
+from scripts.recipes import masked_tokens
 from tests.cases import flat_gradient
 from tests.ranks import World
 
@@ -82,7 +84,7 @@ def test_a_command_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest
         module = program + ".__main__" * (ROOT / program.replace(".", "/")).is_dir()
         parsed_by(pytest.importorskip(module).main, args, monkeypatch)  # W&B is not installed everywhere
     else:
-        assert (ROOT / program).is_file()
+        assert (ROOT / program).is_file() or program == "loop.parity"
 
 
 def parsed_by(main: Callable[[list[str]], int], args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +104,7 @@ def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
     program, args, ranks = program_of(command)
-    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.masked_tokens": distance}[program]
+    run = {"train.py": trained, "scripts.symptoms": symptom, "scripts.recipes.masked_tokens": distance}[program]
     numbers, text = world(ranks).run(run, args, tmp_path)[0]
     for part in says.split("; "):
         *name, value = part.split()
@@ -141,10 +143,9 @@ def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
 
 
 def distance(args: list[str], out: Path) -> tuple[dict[str, float], str]:
-    """Train the masked model on this rank, as the flags say."""
-    flags = dict(zip(args[::2], args[1::2], strict=True))
-    way: Any = flags["--way"]
-    return {"far": masked_tokens.distance(way, int(flags["--accumulate"]), masked_tokens.text_in_steps())}, ""
+    """Train the recipe for masked tokens on this rank."""
+    train = masked_tokens.plain if args == ["--plain"] else masked_tokens.train
+    return {"far": recipes.distance(train, masked=True)}, ""
 
 
 def test_there_are_commands_with_numbers_to_check() -> None:
@@ -163,7 +164,7 @@ def test_links_into_the_page_lead_to_a_heading() -> None:
     assert links <= anchors
 
 
-CLASSES, STEPS = 5, 3
+CLASSES, STEPS = 5, 4
 IGNORED = -100
 
 
@@ -186,15 +187,25 @@ def net_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     return net, torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
 
 
-def taken_home(block: str, folder: str, count: int, tokens: bool, accelerated: bool) -> tuple[list[float], Tensor, int]:
-    """Run the README's block, in a folder with a copy of reduction.py alone, and train with it on this rank."""
-    sys.path.insert(0, folder)
+def train_step_of(folder: Path) -> Callable[..., Tensor]:
+    """Run the README's block in a folder with a copy of reduction.py alone; return what it defines."""
+    (block,) = (block for block in blocks("python") if "def train_step" in block)
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "loop" / "reduction.py", folder)
+    sys.path.insert(0, str(folder))
     try:
         namespace: dict[str, Any] = {}
         exec(compile(block, "README.md", "exec"), namespace)
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
         sys.modules.pop("reduction")
+    step: Callable[..., Tensor] = namespace["train_step"]
+    return step
+
+
+def taken_home(folder: Path, count: int, tokens: bool, accelerated: bool) -> tuple[list[float], Tensor, int]:
+    """Train with the README's step on this rank."""
+    train_step = train_step_of(folder / str(os.getpid()))
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     net, optimizer = net_and_optimizer()
     backward: dict[str, Any] = {}
@@ -208,9 +219,10 @@ def taken_home(block: str, folder: str, count: int, tokens: bool, accelerated: b
     for step in range(STEPS):
         batches = micro_batches(rank, count, step, tokens)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            losses.append(float(namespace["train_step"](net, optimizer, batches, "cpu", **backward)))
+            losses.append(float(train_step(net, optimizer, batches, "cpu", **backward)))
     collectives = sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))
-    return losses, nn.utils.parameters_to_vector(net.parameters()).detach(), collectives  # of the last step
+    # collectives: of the last step, where DDP's buckets are settled
+    return losses, nn.utils.parameters_to_vector(net.parameters()).detach(), collectives
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -220,26 +232,63 @@ def taken_home(block: str, folder: str, count: int, tokens: bool, accelerated: b
 def test_what_is_taken_home_takes_one_processs_steps(
     world: Callable[[int], World], world_size: int, count: int, tokens: bool, accelerated: bool, tmp_path: Path
 ) -> None:
-    (block,) = (block for block in blocks("python") if "def train_step" in block)
-    shutil.copy(ROOT / "loop" / "reduction.py", tmp_path)
     net, optimizer = net_and_optimizer()
     plain = []
     for step in range(STEPS):
         everything = [b for rank in range(world_size) for b in micro_batches(rank, count, step, tokens)]
         x = torch.cat([x.flatten(0, -2) for x, _ in everything])
         y = torch.cat([y.flatten() for _, y in everything])
+        if not len(y):
+            plain.append(0.0)  # and no step
+            continue
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         loss.backward()
         optimizer.step()
         plain.append(float(loss.detach()))
     want = nn.utils.parameters_to_vector(net.parameters()).detach()
-    for losses, weights, collectives in world(world_size).run(
-        taken_home, block, str(tmp_path), count, tokens, accelerated
-    ):
+    for losses, weights, collectives in world(world_size).run(taken_home, tmp_path, count, tokens, accelerated):
         assert (weights - want).norm() <= 1e-12 * want.norm()
-        assert losses == pytest.approx(plain, rel=1e-12, nan_ok=True)
+        assert losses == pytest.approx(plain, rel=1e-12)
         assert collectives == (3 if world_size > 1 else 0), "n, the gradient and the loss, once each"
+
+
+def without_a_label(folder: Path) -> float:
+    """Take a step in which every label of every rank is masked; return how far AdamW's weight decay moved a weight."""
+    net, _ = net_and_optimizer()
+    before = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    net = DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+    batch = torch.ones(2, 4, dtype=torch.float64), torch.full((2,), IGNORED)
+    assert float(train_step_of(folder / str(os.getpid()))(net, optimizer, [batch], "cpu")) == 0
+    return float((nn.utils.parameters_to_vector(net.parameters()) - before).abs().max())
+
+
+def test_a_step_without_a_label_is_not_taken_on_any_rank(world: Callable[[int], World], tmp_path: Path) -> None:
+    assert world(2).run(without_a_label, tmp_path) == [0, 0]
+
+
+def test_the_loss_of_a_bfloat16_net_is_summed_in_float64(tmp_path: Path) -> None:
+    net = nn.Linear(4, CLASSES).to(torch.bfloat16)
+    batches = [(x.bfloat16(), y) for k in range(64) for x, y in micro_batches(2, 1, k, tokens=False)]
+    losses = [F.cross_entropy(net(x), y, reduction="none").detach().double() for x, y in batches]
+    loss = train_step_of(tmp_path / "copy")(net, torch.optim.SGD(net.parameters(), lr=0.1), batches, "cpu")
+    assert float(loss) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-12)
+
+
+def of_a_static_graph(folder: Path, static_graph: bool) -> Tensor:
+    """Return the weights after two steps of two micro-batches."""
+    net, optimizer = net_and_optimizer()
+    net = DistributedDataParallel(net, static_graph=static_graph)
+    train_step = train_step_of(folder / str(os.getpid()))
+    for step in (0, 2):
+        train_step(net, optimizer, micro_batches(torch.distributed.get_rank(), 2, step, tokens=False), "cpu")
+    return nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def test_a_static_graph_takes_the_same_steps(world: Callable[[int], World], tmp_path: Path) -> None:
+    for static, plain in zip(*(world(2).run(of_a_static_graph, tmp_path, way) for way in (True, False)), strict=True):
+        assert (static - plain).norm() <= 1e-12 * plain.norm()
 
 
 def audited_as_written(block: str) -> float:

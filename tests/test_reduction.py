@@ -135,6 +135,49 @@ def test_an_empty_cell_gives_zero_and_a_gradient() -> None:
 TOKENS, CLASSES, IGNORED = 12, 5, -100
 
 
+class Reshaping(nn.Module):
+    """A linear net that flattens as many nets do. Takes (B, 2, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.view(len(x), -1))
+
+
+def gradient_of_the_last_share(stand_in: str) -> Tensor:
+    """The gradient on two ranks, of which the second has no example and brings a stand-in for one."""
+    torch.manual_seed(0)
+    net = DistributedDataParallel(Reshaping())
+    has_examples = torch.distributed.get_rank() == 0
+    x, y = torch.arange(12, dtype=torch.float64).view(3, 2, 2), torch.tensor([0, 1, 2])
+    if not has_examples:
+        x, y = x[:1], y[:1]
+    if not has_examples and stand_in == "masked labels":
+        y = torch.full_like(y, -100)
+    n = global_count(len(x) if has_examples else 0, "cpu")
+    losses = F.cross_entropy(net(x), y, ignore_index=-100, reduction="none")
+    if not has_examples and stand_in == "losses times 0":
+        losses = losses * 0
+    cell_backward(losses, n_global=n, averaged_over=2)
+    return flat_gradient(net)
+
+
+@pytest.mark.parametrize("stand_in", ["masked labels", "losses times 0"])
+def test_a_rank_without_examples_takes_part_with_one_that_counts_nothing(
+    world: Callable[[int], World], stand_in: str
+) -> None:
+    torch.manual_seed(0)
+    net = Reshaping()
+    F.cross_entropy(net(torch.arange(12, dtype=torch.float64).view(3, 2, 2)), torch.tensor([0, 1, 2])).backward()
+    want = flat_gradient(net)
+    for gradient in world(2).run(gradient_of_the_last_share, stand_in):
+        assert (gradient - want).norm() < 1e-14 * want.norm()
+    with pytest.raises(RuntimeError, match="reshape tensor of 0 elements"):
+        net(torch.empty(0, 2, 2, dtype=torch.float64))
+
+
 def sequences(rank: int, accumulate: int, empty: bool) -> list[tuple[Tensor, Tensor]]:
     """A rank's micro-batches of token features and labels, a random share of the labels ignored."""
     generator = torch.Generator().manual_seed(100 + rank)

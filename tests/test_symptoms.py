@@ -7,10 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from scripts.masked_tokens import IGNORED, Batch, NextByte, deal, distance, padded, text_in_steps, weights_after
 from scripts.symptoms import SYMPTOMS, Shown, main, uneven_hang
 from tests.ranks import World
 
@@ -86,56 +83,3 @@ def test_bad_calls_get_one_line(args: list[str], says: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert error.startswith(f"scripts.symptoms: error: {says}")
     assert error.count("\n") == 1
-
-
-def gradients(batches: list[Batch]) -> list[Tensor]:
-    """The gradient of each batch's own mean, at the initial weights: zero where it has no token."""
-    torch.manual_seed(0)
-    net = NextByte().to(torch.float64)
-    means = []
-    for x, y in batches:
-        net.zero_grad()
-        losses = F.cross_entropy(net(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="none")
-        (losses.sum() / max(int((y != IGNORED).sum()), 1)).backward()
-        means.append(torch.cat([param.grad.flatten() for param in net.parameters()]))
-    return means
-
-
-SILENT = [b"a line\n", b"\n", b"a longer line\n", b"\n"]  # dealt to two ranks: the second has no token at all
-
-
-@pytest.mark.parametrize("way", ["global", "mean-per-batch"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("lines", [text_in_steps()[1], SILENT, SILENT[:1]], ids=["text", "silent rank", "one line"])
-def test_a_masked_step_is_the_predicted_one(
-    world: Callable[[int], World], lines: list[bytes], world_size: int, accumulate: int, way: str
-) -> None:
-    start = weights_after([], 0, 1, 1, "global")
-    means = gradients(deal(lines, world_size * accumulate))
-    want = gradients([padded(lines)])[0] if way == "global" else sum(means) / len(means)
-    for rank, ours in enumerate(world(world_size).run(one_step, lines, accumulate, way)):
-        step = (start - ours) / 0.5  # the learning rate
-        assert (step - want).norm() <= 1e-12 * want.norm(), f"rank {rank}"
-
-
-def one_step(lines: list[bytes], accumulate: int, way: str) -> Tensor:
-    """The weights after one step over all ranks."""
-    together = torch.distributed.is_initialized()
-    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-    return weights_after([lines], rank, world_size, accumulate, way)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_masked_tokens_end_at_one_processs_weights(world: Callable[[int], World], world_size: int) -> None:
-    steps = text_in_steps()[:3]
-    assert all(far < 1e-12 for far in world(world_size).run(distance, "global", 3, steps))
-    assert all(far > 1e-2 for far in world(world_size).run(distance, "mean-per-batch", 3, steps))
-
-
-def test_the_mean_of_no_token_is_nan_though_its_gradient_is_zero() -> None:
-    logits = nn.Parameter(torch.randn(3, 5))
-    loss = F.cross_entropy(logits, torch.full((3,), IGNORED), ignore_index=IGNORED)
-    loss.backward()
-    assert loss.isnan()
-    assert not logits.grad.any()

@@ -26,7 +26,7 @@ from loop.files import sync
 from loop.progress import Progress
 from loop.reduction import global_count
 from loop.run.folder import write_json
-from loop.run.resume import NAMES, STATE, mathematics, state_of
+from loop.run.resume import CHECKPOINTS, STATE, mathematics, state_of
 from loop.run.run import Run
 from loop.run.watchdog import first_line, is_from_backend
 from loop.shards import Cell
@@ -107,7 +107,7 @@ class Checkpoints:
         scratch.rename(final)
         sync(scratch.parent)
         self.good = [*(path for path in self.good if path != final), final][-KEPT:]
-        for other in set(scratch.parent.glob(NAMES)) - set(self.good):  # older, or left out
+        for other in set(scratch.parent.glob(CHECKPOINTS)) - set(self.good):  # older, or left out
             shutil.rmtree(other, ignore_errors=True)
 
     def resume(self) -> None:
@@ -123,6 +123,8 @@ class Checkpoints:
             run.accelerator.load_state(str(checkpoint), map_location="cpu")
             if self.replicas_differ:
                 self.module.load_state_dict(load_file(self._replica(checkpoint)))
+        except OSError as error:
+            raise InputError(f"{checkpoint} cannot be read ({first_line(error)}): try again") from error
         except Exception as error:
             if is_from_backend(error) or isinstance(error, torch.OutOfMemoryError):
                 raise

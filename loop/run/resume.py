@@ -19,7 +19,7 @@ from loop.config import FASHION_MNIST, Config, InputError, parse
 from loop.idx import Size
 from loop.run.folder import RunFolder, plain, run_id_of
 
-NAMES, STATE = "epoch-*-step-*", "state.json"
+CHECKPOINTS, STATE = "epoch-*-step-*", "state.json"
 # What a resumed run may change: where it is kept, how it is watched, and how long and on which device it trains.
 MAY_CHANGE_ON_RESUME = {
     "accumulate", "epochs", "data_dir", "cpu", "out", "run_name", "group", "tags", "notes", "log_every", "audit_every",
@@ -27,7 +27,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
-def keep_what_is_not_told(config: Config, args: list[str], world_size: int) -> Config:
+def with_kept_flags(config: Config, args: list[str], world_size: int) -> Config:
     """Return the configuration of a run that goes on by `--resume auto`: flags that are not given keep their value.
 
     args: the command line. Raises InputError for a damaged run.
@@ -82,7 +82,7 @@ def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) 
         return None
     checkpoint = _choose(config, run.path, run.run_id, size, world_size)
     rows = progress_of(checkpoint)["rows"] if checkpoint else 0
-    if checkpoint and config.resume != "auto":
+    if checkpoint and is_foreign(checkpoint, run.path):
         with rows_beside(checkpoint).open("rb") as source:
             run.write(source.read(rows))
     run.cut(rows)
@@ -92,16 +92,34 @@ def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) 
 def _choose(
     config: Config, run: Path, run_id: str | None, size: Size, world_size: int, *, quiet: bool = False
 ) -> Path | None:
-    auto = config.resume == "auto"
-    checkpoint = newest(run, run_id, quiet=quiet) if auto else given(config, quiet=quiet)
+    if config.resume != "auto":
+        checkpoint: Path | None = checkpoint_at(Path(config.resume), quiet=quiet)
+    else:
+        checkpoint = newest(run, run_id, quiet=quiet)
+        origin = begun_from(run)
+        if checkpoint is None and origin:
+            checkpoint = checkpoint_at(origin, quiet=quiet)
     if checkpoint:
         refuse_unfit(checkpoint, config, size, world_size)
     return checkpoint
 
 
-def given(config: Config, *, quiet: bool = False) -> Path:
-    """Return the checkpoint at --resume's path: itself, or a run's newest. Raises InputError where none is good."""
-    path = Path(config.resume)
+def is_foreign(checkpoint: Path, run: Path) -> bool:
+    """Whether a checkpoint is another run's."""
+    return checkpoint.resolve().parent.parent != run.resolve()
+
+
+def begun_from(run: Path) -> Path | None:
+    """Return the checkpoint of another run that a run began from, by `--resume PATH`."""
+    try:
+        origin = json.loads((run / "config.json").read_text(encoding="utf-8")).get("begun_from")
+    except FileNotFoundError:
+        return None
+    return Path(origin) if origin else None
+
+
+def checkpoint_at(path: Path, *, quiet: bool = False) -> Path:
+    """Return the checkpoint at a path: itself, or a run's newest. Raises InputError where none is good."""
     if (path / "checkpoints").is_dir():
         checkpoint = newest(path, quiet=quiet)
         if checkpoint is None:
@@ -115,7 +133,7 @@ def given(config: Config, *, quiet: bool = False) -> Path:
 
 def newest(run: Path, run_id: str | None = None, *, quiet: bool = False) -> Path | None:
     """Return a run's newest good checkpoint; says on stderr which newer ones are left out, and why."""
-    for checkpoint in sorted((run / "checkpoints").glob(NAMES), reverse=True):
+    for checkpoint in sorted((run / "checkpoints").glob(CHECKPOINTS), reverse=True):
         flaw = find_flaw(checkpoint, run_id)
         if flaw is None:
             return checkpoint

@@ -113,19 +113,23 @@ class Run:
 
         from loop.run import console
         from loop.run.folder import open_run
-        from loop.run.resume import prepare_resume
+        from loop.run.resume import begun_from, is_foreign, prepare_resume
 
         self.size = size
         self.shards = self.config.shards(size.examples, self.world_size)
         begun: list[Any] = [None, None, None]
+        origin: Path | None = None  # of a run that began from another's checkpoint
         if self.is_main:
             self.files = open_run(self.config, self.world_size)
             self.ends.callback(self.files.close)
             checkpoint = prepare_resume(self.config, self.files, size, self.world_size)
+            origin = begun_from(self.files.path)
+            if checkpoint and is_foreign(checkpoint, self.files.path):
+                origin = checkpoint.resolve()
             begun = [self.files.path, self.files.run_id, checkpoint]
         self.watchdog.advance()
         self.folder, self.run_id, self.resume_from = broadcast_object_list(begun)
-        described = self._describe()
+        described = {**self._describe(), "begun_from": origin}
         if self.is_main:
             write_json(self.folder / "config.json", described)
             for end in (FAILED, "summary.json"):  # of a run that goes on

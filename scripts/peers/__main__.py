@@ -15,28 +15,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
-import os
 import signal
-import socket
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from loop.config import Config, InputError
+from loop.parity import HangError, RankError, Ranks
 from loop.run.fetch import ensure_dataset
 from scripts.command import command
 from scripts.machine import hardware, versions
-from scripts.peers.loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, one_process, serve
+from scripts.peers.loops import ORPHANED_S, OURS, PEERS, Loop, Task, Trained, join, one_process, train_rank
 
 ROUNDING = 1e-12
 START_S = 180  # for imports and the first rendezvous
@@ -44,18 +37,6 @@ INSTALL = "not installed: pip install -r scripts/peers/requirements.txt"
 MISMATCH = "aborts: ranks out of step"  # gloo's word: one rank's collective met another of the other's
 CRASH = "crashes"
 PACKAGES = ("torch", "accelerate", "lightning", "transformers")
-
-
-class CrashError(RuntimeError):
-    """A rank ended before its time; the text is what the ranks printed, that rank last."""
-
-
-class RankDiedError(RuntimeError):
-    """A rank ended before it answered."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(rank)
-        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -86,58 +67,11 @@ class Result:
 def launch(loop: Loop, world_size: int, timeout: float, examples: int, data_dir: Path) -> list[Trained]:
     """Train on ranks of their own; return what each has in the end.
 
-    Raises TimeoutError if some are not done after `timeout` seconds, CrashError if one dies.
+    Raises HangError if some are not done after `timeout` seconds, RankError if one fails.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripts.peers.loops", "lightning.pytorch", "transformers.trainer"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes, processes = [], []
-    with tempfile.TemporaryDirectory() as logs:
-        try:
-            for rank in range(world_size):
-                ours, theirs = context.Pipe()
-                args = theirs, f"{logs}/{rank}", rank, world_size, port, loop, examples, data_dir
-                processes.append(context.Process(target=serve, args=args))
-                processes[-1].start()
-                theirs.close()
-                pipes.append(ours)
-            gather(pipes, START_S)
-            return gather(pipes, timeout)
-        except RankDiedError as died:  # its words come last: others may have been killed in the middle of theirs
-            said = [Path(f"{logs}/{rank}") for rank in sorted(range(world_size), key=died.rank.__eq__)]
-            text = "".join(log.read_text(errors="replace") for log in said if log.exists())
-            raise CrashError(text.strip()) from None
-        finally:
-            for process in processes:
-                end(process)
-
-
-def end(process: BaseProcess) -> None:
-    """Kill a rank, and all that it may have started."""
-    if process.pid:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
-
-
-def gather(pipes: list[Connection], seconds: float) -> list[Trained]:
-    """Return one answer of each rank; raises TimeoutError, and RankDiedError if a rank ends first."""
-    answers: dict[Connection, Trained] = {}
-    deadline = time.monotonic() + seconds
-    while waiting := [pipe for pipe in pipes if pipe not in answers]:
-        ready = wait(waiting, max(0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError
-        for pipe in ready:
-            assert isinstance(pipe, Connection)
-            try:
-                answers[pipe] = pipe.recv()
-            except EOFError:
-                raise RankDiedError(pipes.index(pipe)) from None
-    return [answers[pipe] for pipe in pipes]
+    with Ranks(world_size, preload=["scripts.peers.loops", "lightning.pytorch", "transformers.trainer"]) as ranks:
+        ranks.run(join, timeout=START_S)
+        return ranks.run(train_rank, loop, examples, data_dir, timeout=timeout)
 
 
 def measure(peer: str, world_size: int, examples: int, timeout: float, data_dir: Path) -> Result:
@@ -147,9 +81,9 @@ def measure(peer: str, world_size: int, examples: int, timeout: float, data_dir:
         return Result(peer, world_size, examples, failure=INSTALL)
     try:
         trained = launch(loop, world_size, timeout, examples, data_dir)
-    except TimeoutError:
+    except HangError:
         return Result(peer, world_size, examples, failure=f"hangs (> {timeout:g} s)")
-    except CrashError as error:
+    except RankError as error:
         if "collective mismatch" in str(error):
             return Result(peer, world_size, examples, failure=MISMATCH)
         print(f"\n{peer}, W={world_size}, N={examples}:\n{error}", file=sys.stderr)

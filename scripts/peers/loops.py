@@ -17,14 +17,12 @@ What is left to differ is the epoch's last step: who gets which of its examples,
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,24 +264,6 @@ def train_rank(loop: Loop, examples: int, data_dir: Path = Path("data")) -> Trai
     return Trained(task.weights(), seen)
 
 
-def serve(
-    pipe: Connection, log: str, rank: int, world_size: int, port: int, loop: Loop, examples: int, data_dir: Path
-) -> None:
-    """Be a rank: join the group, say so, train, send what came of it, and stay until killed.
-
-    No rank leaves or communicates after its loop, so one that still waits for another is seen to wait.
-    log: the file that takes all it prints, a last traceback too.
-    """
-    os.setsid()  # a group of its own, to be killed with all it may start
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
+def join() -> None:
+    """Join the ranks' group. No rank leaves it, so one that still waits for another is seen to wait."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=ORPHANED_S))
-    pipe.send(None)
-    pipe.send(train_rank(loop, examples, data_dir))
-    pipe.recv()

@@ -1,0 +1,87 @@
+"""The files made to be copied: each works in an empty folder as its docstring shows, with torch and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LOOP = Path(__file__).parent.parent / "loop"
+TORCH_ALONE = """
+import sys
+import torch
+import torch.nn.parallel
+net, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # which imports what torch itself needs
+x, y = torch.ones(16, 3), torch.arange(16) % 2
+class TorchAlone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", *OURS}:
+            raise ImportError(name)
+sys.meta_path.insert(0, TorchAlone())
+"""
+PROGRAMS = {
+    "reduction": """
+from reduction import cell_backward, global_count
+n = global_count(len(y), "cpu")
+cell_backward(torch.nn.functional.cross_entropy(net(x), y, reduction="none"), n_global=n, averaged_over=1)
+got = net.weight.grad.clone()
+net.zero_grad()
+loss(net(x), y).backward()
+assert torch.allclose(got, net.weight.grad)
+""",
+    "audit": """
+from audit import audit
+with audit(net, loss, optimizer) as a:
+    a.saw(x, y)
+    loss(net(x), y).backward()
+    optimizer.step()
+assert a.worst().grad_rel_err < 1e-6
+""",
+    "parity": """
+from parity import parity
+from mine import right, wrong
+if __name__ == "__main__":
+    assert parity(right, data=(x, y), batch_size=16).same
+    report = parity(wrong, data=(x, y), batch_size=16, world_sizes=[3])
+    assert report.causes == {3: ["the gradient is 1/W of the right one: divided by W twice"]}, report
+""",
+}
+MINE = (
+    TORCH_ALONE
+    + """
+import torch.distributed as dist
+def train(batches, factor):
+    torch.manual_seed(0)
+    net, world_size = torch.nn.Linear(3, 2).double(), 1
+    if int(__import__("os").environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+        net = torch.nn.parallel.DistributedDataParallel(net)
+        world_size = dist.get_world_size()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in batches:
+        optimizer.zero_grad()
+        for x, y in step:
+            losses = torch.nn.functional.cross_entropy(net(x.double()), y, reduction="sum")
+            (losses / 16 * (world_size if factor else 1)).backward()
+        optimizer.step()
+    return net
+def right(batches):
+    return train(batches, True)
+def wrong(batches):
+    return train(batches, False)
+"""
+)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_that_was_copied_needs_torch_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_bytes((LOOP / f"{name}.py").read_bytes())
+    ours = f"OURS = {{'{name}', 'mine', '__mp_main__'}}\n"
+    (tmp_path / "mine.py").write_text(ours + MINE)
+    (tmp_path / "program.py").write_text(ours + TORCH_ALONE + PROGRAMS[name])
+    how = [sys.executable, "program.py"]
+    done = subprocess.run(how, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
