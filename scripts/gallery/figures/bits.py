@@ -47,9 +47,9 @@ def bits(figure: Figure, runs: Runs) -> Finding:
     virtual = [value for (name, _), off in far.items() if name == "--virtual-ranks 8" for value in off]
     require(max(virtual) == 0 < last["global", 2] < 1e-3 < last["a plain loop", 2], f"in the end {last}")
     return Finding(
-        "Virtual ranks leave no difference to one process; `global` leaves rounding, which grows; a plain loop's is larger",
-        f"Its weights are the reference: what is drawn is the distance from them over the distance that they have travelled, "
-        f"in float32, on 2 ranks. After "
+        "Virtual ranks leave no difference to one process; `global` leaves rounding, which grows",
+        "Its weights are the reference: drawn is the distance from them over the distance that they have travelled, in "
+        "float32, on 2 ranks. After "
         f"{len(virtual) // 2} steps {last['a plain loop', 2]:.1g} for a plain loop, which is wrong in the last step of "
         f"each epoch, {last['global', 2]:.1g} under `global`, by rounding, and 0 with `--virtual-ranks 8`.",
         f"{last['a plain loop', 4]:.1g}, {last['global', 4]:.1g} and 0 on 4 ranks.",
