@@ -26,7 +26,8 @@ def bits(figure: Figure, runs: Runs) -> Finding:
     """The distance of the weights from one process's, step by step: a plain loop, `global`, virtual ranks."""
     data()  # fetched if need be
     pair = panels(
-        figure, left="2 ranks", right="4 ranks", xlabel="step", yscale="log", ylabel="weights off one process's (relative)",
+        figure, left="2 ranks", right="4 ranks", xlabel="step", yscale="log",
+        ylabel="weights off one process's (relative)",
     )  # fmt: skip
     far: dict[tuple[str, int], list[float]] = {}
     for index, (name, flags) in enumerate(WAYS.items()):
