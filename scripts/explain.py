@@ -45,15 +45,18 @@ def abridged(sizes: Sequence[int]) -> str:
     return words if len(words) <= LONGEST else f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
 
 
-def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr: float) -> str:
+def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr: float, virtual_ranks: int = 0) -> str:
     """Return the whole explanation as text. Raises InputError for sizes below 1 and senseless learning rates."""
     if not 0 < lr < math.inf:
         raise InputError(f"--lr {lr:g} must be a finite number above 0")
-    config = Config(batch_size=batch_size, accumulate=accumulate, lr=lr)
+    config = Config(batch_size=batch_size, accumulate=accumulate, virtual_ranks=virtual_ranks, lr=lr)
     spread = config.shards(examples, world_size)
+    accumulate = spread.accumulate  # which follows from the virtual ranks, if there are any
+    config = replace(config, accumulate=accumulate, virtual_ranks=0)
     lines = [
         f"{examples} examples in batches of {batch_size}: {spread.step_count} steps; the last has "
         f"{spread.last_step.n_global}. {world_size} rank(s) x {accumulate} micro-batch(es) = {spread.cells} cell(s).",
+        *([shares(spread)] if virtual_ranks else []),
         "",
         f"{'last step dealt by':<20}{'twice':>7}{'never':>7}{'idle':>7}  examples of each rank",
     ]
@@ -78,6 +81,16 @@ def explain(examples: int, batch_size: int, world_size: int, accumulate: int, lr
     for sizes, tails in plans.items():
         lines += ["", *mode_table(config, sizes, tails, world_size)]
     return "\n".join([*lines, "", advice(config, plans, world_size, twice)])
+
+
+def shares(plan: Shards) -> str:
+    """Return how the last step is dealt to virtual ranks."""
+    of_rank_0 = abridged(range(plan.cells)[:: plan.world_size])
+    return (
+        f"Virtual ranks: on any number of ranks the last step has {plan.cells} shares, of "
+        f"{abridged(plan.last_step.sizes)} examples;\nrank 0 has the shares {of_rank_0}. Each share's gradient is "
+        "taken by itself, and all are added in one fixed tree."
+    )
 
 
 def mode_table(config: Config, sizes: Sequence[int], tails: list[str], world_size: int) -> list[str]:
@@ -163,6 +176,8 @@ class Flags:
     """Ranks, W."""
     accumulate: int = 1
     """Micro-batches in a step, K."""
+    virtual_ranks: int = 0
+    """Shares of a step, V, with the same bits on any number of ranks that divides V: K is then V / W. 0: off."""
     lr: float = 0.1
     """Learning rate."""
     png: Path | None = None
@@ -172,7 +187,7 @@ class Flags:
 @command
 def main(flags: Flags) -> None:
     """Print the explanation; draw it where asked."""
-    print(explain(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr))
+    print(explain(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr, flags.virtual_ranks))
     if flags.png:
         config = Config(batch_size=flags.batch_size, accumulate=flags.accumulate)
         try:

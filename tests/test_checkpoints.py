@@ -524,6 +524,7 @@ def test_an_effective_learning_rate_is_logged_where_it_scales_the_step(
 
 def test_a_resumed_run_keeps_what_it_is_not_told_to_change(tmp_path: Path) -> None:
     words = "--tf32 --group study --tags a b --notes remark --wandb-project project --log-every 2 --audit-every 4"
+    words += " --virtual-ranks 4"
     cut_short = f"{SMALL} --dataset {tmp_path} --out {tmp_path} {words} --run-name run"
     assert train.train(parse(cut_short.split())) == 0
     before = parse(cut_short.split())

@@ -30,3 +30,16 @@ def test_a_step_costs_one_collective_and_an_epoch_two_more(
     examples, steps = 67, 5
     one, two = (world(3).run(count_collectives, replace(config, epochs=n), examples) for n in (1, 2))
     assert [b - a for a, b in zip(one, two, strict=True)] == [steps + 2] * 3, "metrics of training and of testing"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "gathered"),
+    [(4, 1), (2, 1), (3, 4)],  # gradients of a rank: of V = 12 = 3 x 2 x 2 the tree ends on a rank where W is 2 or 4
+)
+def test_with_virtual_ranks_a_step_gathers_one_gradient_a_rank_where_the_tree_allows(
+    world: Callable[[int], World], world_size: int, gathered: int
+) -> None:
+    config = toy_config(batch_size=16, virtual_ranks=12)
+    examples, steps = 67, 5
+    one, two = (world(world_size).run(count_collectives, replace(config, epochs=n), examples) for n in (1, 2))
+    assert [b - a for a, b in zip(one, two, strict=True)] == [gathered * steps + 2] * world_size

@@ -110,3 +110,15 @@ def test_a_billion_examples_are_explained_in_a_moment_and_the_samplers_batches_a
     assert "3906250 steps; the last has 256" in text  # 10^9 = 3,906,250 x 256
     assert re.search(r"^DistributedSampler .*\(in batches of 42 a rank\)$", text, re.MULTILINE)  # 256 = 6 x 42 + 4
     assert "a rank)" not in explain(60_000, 256, 8, 1, 0.1)
+
+
+def test_virtual_ranks_are_the_shares_of_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--examples 3001 --batch-size 256 --virtual-ranks 8"
+    for world_size, mine in ((1, "0, 1, 2, 3, 4, 5, 6, 7"), (2, "0, 2, 4, 6"), (8, "0")):
+        assert main([*words.split(), "--world-size", str(world_size)]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].endswith(f"{world_size} rank(s) x {8 // world_size} micro-batch(es) = 8 cell(s).")
+        assert said[1].endswith("the last step has 8 shares, of 24, 7 x 23 examples;"), "185 = 24 + 7 * 23"
+        assert said[2].startswith(f"rank 0 has the shares {mine}. Each")
+    assert main([*words.split(), "--world-size", "3"]) == 2
+    assert "--virtual-ranks 8: 3 ranks do not divide 8: start one of 1, 2, 4, 8" in capsys.readouterr().err

@@ -15,10 +15,7 @@ import torch
 from loop import audit, parity
 from tests import planted
 
-IN_THE_SUITE = {
-    "wrong 1/W", "wrong means, adamw", "wrong rank means, tokens", "wrong unsynchronised", "right mlp", "right tokens",
-    "right bfloat16", "right accelerate", "wrong grew", "wrong twice",
-}  # fmt: skip
+IN_THE_SUITE = {"wrong 1/W", "wrong means, adamw", "right tokens", "right accelerate", "wrong grew"}
 
 
 def test_there_are_as_many_loops_as_the_readme_states() -> None:

@@ -152,7 +152,7 @@ def test_the_bench_writes_what_it_measured(
     monkeypatch.setattr(bench, "in_ranks", lambda world_size, args, *flags: {**figures, "ranks": world_size})
     assert bench.main(["--parts", "costs", "--json", str(tmp_path / "bench.json")]) == 0
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert [cost["ranks"] for cost in written["costs"]] == [2, 1, 1, 2]
+    assert [cost["ranks"] for cost in written["costs"]] == [2, 1, 1, 2, 2]
     assert torch.__version__.startswith(written["versions"]["torch"])
     assert written["device"] and written["cores"] and written["device"] in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ def test_what_needs_more_gpus_than_there_are_is_left_out_and_named(
     loops, memory, costs = ("softmax", "mlp", "lenet"), ("bare", "ours"), ("checkpoint", "wandb")
     assert launched == [(1, name) for name in (*loops, *memory, *costs)]
     left_out = [] if world_sizes else ["loops, memory, startup on 2 ranks"]
-    left_out += ["the cost of audit on 2 ranks", "the cost of global on 2 ranks"]
+    left_out += [f"the cost of {name} on 2 ranks" for name in ("audit", "global", "virtual-ranks")]
     said = capsys.readouterr().out
     assert f"left out, as there are too few GPUs: {'; '.join(left_out)}\n" in said
     written = json.loads((tmp_path / "bench.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -104,12 +105,15 @@ def test_a_run_says_its_mode_its_reason_and_how_to_sync(offline: tuple[Path, str
 def test_summaries_cover_the_rows_before_a_resume(tmp_path: Path) -> None:
     for epochs in ("1", "2"):
         flags = ["--run-name", "r", "--resume", "auto", "--wandb", "offline", "--epochs", epochs]
-        done = launch(ONE, tmp_path, *SHORT[2:], *flags)
+        done = launch(ONE, tmp_path, *SHORT[2:], *flags, "--virtual-ranks", "2")
         assert done.returncode == 0, done.stderr
     _, second = sorted((tmp_path / "r" / "wandb").glob("offline-run-*"))
     norms = [row["step/grad_norm"] for row in rows_of(tmp_path / "r") if "step/grad_norm" in row]
     assert max(norms) > max(norms[len(norms) // 2 :]), "the largest is from before"
-    assert read_run(second)["summary"]["step/grad_norm"] == {"max": max(norms), "last": norms[-1]}
+    summary = read_run(second)["summary"]
+    assert summary["step/grad_norm"] == {"max": max(norms), "last": norms[-1]}
+    weights = (tmp_path / "r" / "model.safetensors").read_bytes()
+    assert summary["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_disabled_imports_no_wandb(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from loop import virtual_ranks
 from loop.data import as_floats, epoch_order
 from loop.nets import make_net
+from loop.progress import ShareAccumulator
 from loop.virtual_ranks import VirtualRanks, prime_factors, tree_sum, world_size
 from tests.cases import relative_distance, toy_config, toy_split, train_here, train_plainly, worst_metric_error
 from tests.ranks import World
@@ -196,6 +197,26 @@ assert (net.weight - plain.weight).norm() < 1e-6
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+LOSSES = [1e16, 1.0, -1e16, 3.0, 1e-8, 7.0]  # of six shares: their sum depends on the order of additions
+
+
+def add_up_losses() -> list[float]:
+    """Add this rank's shares, in two steps; return the sums over all ranks of losses and of ones."""
+    rank, w = (dist.get_rank(), world_size()) if dist.is_initialized() else (0, 1)
+    sums = ShareAccumulator(rank, w, len(LOSSES), 2)
+    for _ in range(2):
+        for loss in LOSSES[rank::w]:
+            sums.add(torch.tensor(loss, dtype=torch.float64), 1)
+    sums.all_reduce(torch.device("cpu"))
+    return [sums[0], sums[1]]
+
+
+@pytest.mark.parametrize("w", [1, 2, 3])
+def test_sums_are_added_in_the_order_of_the_shares(world: Callable[[int], World], w: int) -> None:
+    # 2e16 + 2 lies half-way between two numbers and becomes 2e16, so that the first three shares add up to 0.
+    assert world(w).run(add_up_losses) == [[6.0 + 2e-8 + 14.0, 12.0]] * w
 
 
 CHOICES: list[dict[str, Any]] = [

@@ -35,7 +35,7 @@ from scripts.machine import processor, versions
 
 Net = Literal["softmax", "mlp", "lenet"]
 Part = Literal["loops", "memory", "startup", "costs"]
-Cost = Literal["audit", "checkpoint", "wandb", "global"]
+Cost = Literal["audit", "checkpoint", "wandb", "global", "virtual-ranks"]
 COSTS: dict[
     Cost, tuple[list[str], list[str], Net, int]
 ] = {  # flags of train.py with what may cost, and without; on what net and how many ranks the full run measures it
@@ -43,6 +43,7 @@ COSTS: dict[
     "checkpoint": ([], [], "mlp", 1),  # the one at an epoch's end, beside the epoch, in the same run
     "wandb": (["--wandb", "offline"], ["--wandb", "disabled"], "softmax", 1),
     "global": (["--normalize", "global"], ["--normalize", "rank"], "softmax", 2),
+    "virtual-ranks": (["--virtual-ranks", "8"], ["--virtual-ranks", "0"], "softmax", 2),
 }
 PAIRS = {"global": 32, "audit": 12}  # of runs, where a full run takes more than 6
 PACKAGES = ("torch", "torchvision", "accelerate", "lightning", "numpy")

@@ -119,6 +119,7 @@ FIGURES = {
     "blow_up": ["lr-mean", "lr-sum"],
     "optimizers": [study for study in STUDIES if study.startswith("opt-")],
     "fp16": [],
+    "bits": [],
 }  # a function of scripts/gallery/figures: its studies
 BLOCKS = {
     "train": ["train"],

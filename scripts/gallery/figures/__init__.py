@@ -6,6 +6,7 @@ measured instead.
 
 from scripts.gallery.figures.batches import accumulation, batch_size, overlay, tail, weights
 from scripts.gallery.figures.beyond import fp16, optimizers
+from scripts.gallery.figures.bits import bits
 from scripts.gallery.figures.rates import blow_up, divided_lr, lr, same_lr
 from scripts.gallery.figures.scalars import scalar, zeroing
 from scripts.gallery.figures.sums import drift, metrics
@@ -13,6 +14,7 @@ from scripts.gallery.figures.sums import drift, metrics
 __all__ = [
     "accumulation",
     "batch_size",
+    "bits",
     "blow_up",
     "divided_lr",
     "drift",
