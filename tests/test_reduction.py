@@ -121,6 +121,12 @@ def test_sgd_batch_size_is_the_mode_table() -> None:
     }
 
 
+def test_a_count_that_is_an_integer_tensor_scales_in_float64() -> None:
+    losses = torch.ones(1, dtype=torch.float64)
+    for n in (3, 3.0, torch.tensor(3), torch.tensor(3, dtype=torch.int32), torch.tensor(3.0, dtype=torch.float64)):
+        assert float(cell_loss(losses, n_global=n, averaged_over=2)) == pytest.approx(2 / 3, rel=1e-15)
+
+
 def test_an_empty_cell_gives_zero_and_a_gradient() -> None:
     for reduction, normalize in MODES:
         weights = torch.ones(3, requires_grad=True)
