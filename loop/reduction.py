@@ -125,6 +125,6 @@ def global_count(
 
 def _nonzero(count: Count) -> Count:
     """Return the count, or 1 for 0: arithmetic rather than a branch, so a device tensor causes no host sync."""
-    if hasattr(count, "is_floating_point") and not count.is_floating_point():
+    if not isinstance(count, (int, float)) and not count.is_floating_point():
         count = count.float() if count.device.type == "mps" else count.double()  # torch would divide in float32
     return count + (count == 0)
