@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from loop.nets import make_net
 from loop.progress import ShareAccumulator
 from loop.virtual_ranks import VirtualRanks, prime_factors, tree_sum, world_size
 from tests.cases import relative_distance, toy_config, toy_split, train_here, train_plainly, worst_metric_error
+from tests.launches import forked_ranks, launch
 from tests.ranks import World
 
 BATCH = 96
@@ -197,6 +199,18 @@ assert (net.weight - plain.weight).norm() < 1e-6
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("told", ["", "3"])
+def test_a_rank_computes_in_one_thread_whatever_the_environment_says(tmp_path: Path, told: str) -> None:
+    """Where it says nothing, Accelerate divides the cores by the ranks."""
+    program = tmp_path / "on_64_cores.py"
+    on_64_cores = "import runpy, psutil; psutil.cpu_count = lambda logical=True: 64; "
+    program.write_text(on_64_cores + "runpy.run_path('train.py', run_name='__main__')")
+    flags = ["--virtual-ranks", "2", "--epochs", "1", "--train-examples", "300", "--cpu", "--run-name", "run"]
+    done = launch([*forked_ranks(2)[:-1], str(program)], tmp_path, *flags, OMP_NUM_THREADS=told)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["threads_per_rank"] == 1
 
 
 LOSSES = [1e16, 1.0, -1e16, 3.0, 1e-8, 7.0]  # of six shares: their sum depends on the order of additions

@@ -205,9 +205,10 @@ def set_float32_precision(*, tf32: bool) -> None:
 def equal_bits() -> Iterator[None]:
     """Within it, the same operations on the same numbers give the same bits, or raise an error that names one.
 
-    To be entered before torch is imported: cuBLAS reads its variable once.
+    To be entered before torch is imported and the ranks are joined: cuBLAS reads its variable once, and Accelerate sets
+    a number of threads where OMP_NUM_THREADS is not set.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
     import torch
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
