@@ -27,6 +27,7 @@ LONGEST = (
     "readme",
     "speed",
     "compare",
+    "explain",
     "peers",
     "audit",
 )  # of the files, in this order
