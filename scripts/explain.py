@@ -2,13 +2,16 @@
 
     python -m scripts.explain --examples 60000 --batch-size 256 --world-size 8
     python -m scripts.explain --examples 1000 --batch-size 64 --world-size 3 --accumulate 2 --png cells.png
+    python -m scripts.explain --examples 897 --world-size 4 --html explain.html
 
-It prints how each tail deals the step to the ranks, and what each mode makes an example weigh.
+It prints how each tail deals the step to the ranks, and what each mode makes an example weigh. The page of --html shows
+the same with sliders; it is one file that opens from disk, and its address keeps the settings.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ from loop.shards import Shards, Tail, sizes_in_words
 from scripts.command import command
 
 LONGEST = 60  # characters of a list of sizes
+LIMITS = {"N": 1_000_000, "B": 8_192, "W": 64, "K": 16}  # of the page's sliders
 
 
 def distributed_sampler(examples: int, batch_size: int, world_size: int) -> tuple[list[int], int]:
@@ -164,6 +168,21 @@ def draw(examples: int, config: Config, world_size: int, path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
+def page(examples: int, batch_size: int, world_size: int, accumulate: int, lr: float) -> str:
+    """Return the page with these settings, dealt as Accelerate's `even_batches=False` does until another is chosen.
+
+    Raises InputError for sizes above those of the page's sliders.
+    """
+    sizes = {"N": examples, "B": batch_size, "W": world_size, "K": accumulate}
+    names = {"N": "--examples", "B": "--batch-size", "W": "--world-size", "K": "--accumulate"}
+    for key, size in sizes.items():
+        if size > LIMITS[key]:
+            raise InputError(f"{names[key]} {size}: the page of --html shows at most {LIMITS[key]}")
+    settings = {**sizes, "lr": lr, "tail": "ragged", "reduction": "mean", "normalize": "rank"}
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return template.replace("@DATA@", json.dumps({"settings": settings, "limits": LIMITS}))
+
+
 @dataclass(frozen=True)
 class Flags:
     """The flags."""
@@ -182,11 +201,13 @@ class Flags:
     """Learning rate."""
     png: Path | None = None
     """Draw the cells, coloured by weight, into this file."""
+    html: Path | None = None
+    """Write a page with sliders for all of this into this file."""
 
 
 @command
 def main(flags: Flags) -> None:
-    """Print the explanation; draw it where asked."""
+    """Print the explanation; draw it, and write the page, where asked."""
     print(explain(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr, flags.virtual_ranks))
     if flags.png:
         config = Config(batch_size=flags.batch_size, accumulate=flags.accumulate)
@@ -195,6 +216,13 @@ def main(flags: Flags) -> None:
         except OSError as error:
             raise InputError(str(error)) from None
         print(f"drawn into {flags.png}")
+    if flags.html:
+        text = page(flags.examples, flags.batch_size, flags.world_size, flags.accumulate, flags.lr)
+        try:
+            flags.html.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(str(error)) from None
+        print(f"open {flags.html} in a browser")
 
 
 if __name__ == "__main__":

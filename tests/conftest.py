@@ -1,10 +1,12 @@
-"""Fixtures: worlds of ranks, made when first asked for and ended with the session; a stand-in for W&B."""
+"""Fixtures: worlds of ranks, made when first asked for and ended with the session; a stand-in for W&B; a browser."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ import torch
 from loop.run.fetch import fetch_fashion_mnist
 from tests.ranks import World
 from tests.wandb_stub import KEY, WandbStub
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 LONGEST = (
     "readme_commands",
@@ -22,6 +27,7 @@ LONGEST = (
     "readme",
     "speed",
     "compare",
+    "explain",
     "peers",
     "audit",
 )  # of the files, in this order
@@ -84,3 +90,22 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+CHROMIUM = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
+        yield launched
+        launched.close()
