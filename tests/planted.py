@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -85,6 +86,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda params: torch.optim.Adam(params, lr=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
     "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+    "sharded": lambda params: (
+        ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1)
+        if dist.is_initialized()
+        else torch.optim.SGD(params, lr=0.1)
+    ),
     "groups": lambda params: torch.optim.SGD([{"params": [p], "lr": 0.1 / (1 + i)} for i, p in enumerate(params)]),
 }
 
@@ -308,7 +314,7 @@ WHOLE = {
 }  # fmt: skip
 RIGHT: dict[str, dict[str, Any]] = {
     **{f"right {net}": {"net": net} for net in NETS},
-    **{f"right {name}": {"optimizer": name} for name in OPTIMIZERS if name != "sgd"},
+    **{f"right {name}": {"optimizer": name} for name in OPTIMIZERS if name not in ("sgd", "sharded")},
     "right float32": {"dtype": torch.float32},
     "right float32 tokens, adam": {"dtype": torch.float32, "net": "tokens", "optimizer": "adam"},
     "right bfloat16": {"dtype": torch.bfloat16},
@@ -320,6 +326,95 @@ RIGHT: dict[str, dict[str, Any]] = {
     "right bucket view": {"ddp": {"gradient_as_bucket_view": True}},
     "right unused parameters": {"ddp": {"find_unused_parameters": True}, "net": "layer norm"},
 }
+
+
+def through_workers(batches: parity.Steps) -> Any:
+    """A loader that has a process of its own reads the examples."""
+    fed = [[next(iter(DataLoader([pair], batch_size=None, num_workers=1))) for pair in step] for step in batches[:1]]
+    return in_steps([*fed, *batches[1:]])
+
+
+def lazily(batches: parity.Steps) -> nn.Module:
+    """A lazy layer, made by a dummy batch that a transform of modules has prepared."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    torch.manual_seed(0)
+    flatten = nn.Flatten()
+    net: nn.Module = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, CLASSES))
+    net(flatten(torch.zeros(1, FEATURES)))
+    if world_size > 1:
+        dist.init_process_group("gloo")
+        net = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for micro_batches in batches:
+        step = summed(sum(len(x) for x, _ in micro_batches))
+        optimizer.zero_grad()
+        for x, y in micro_batches:
+            (F.cross_entropy(net(flatten(x.float())), y, reduction="sum") * world_size / step).backward()
+        optimizer.step()
+    return net
+
+
+def by_hand(batches: parity.Steps) -> dict[str, Any]:
+    """Softmax regression from scratch: no module, no optimizer, no DDP."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    w = torch.zeros(FEATURES, CLASSES, requires_grad=True)
+    for micro_batches in batches:
+        step = summed(sum(len(x) for x, _ in micro_batches))
+        for x, y in micro_batches:
+            (F.cross_entropy(x.float() @ w, y, reduction="sum") / step).backward()
+        assert w.grad is not None
+        if world_size > 1:
+            dist.all_reduce(w.grad)
+        w.data -= 0.5 * w.grad
+        w.grad = None
+    return {"model": {"w": w.detach()}, "epoch": 3}
+
+
+def two_nets(batches: parity.Steps, rate: bool = False) -> dict[str, Any]:
+    """Two optimizers of nets of unequal size take turns in each step; rate: the second's is W times too high."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    torch.manual_seed(0)
+    nets: list[nn.Module] = [nn.Linear(FEATURES, FEATURES).double(), nn.Linear(FEATURES, CLASSES).double()]
+    if world_size > 1:
+        dist.init_process_group("gloo")
+        nets = [DistributedDataParallel(net) for net in nets]
+    optimizers = [
+        torch.optim.SGD(net.parameters(), lr=0.1 * (world_size if rate and i else 1)) for i, net in enumerate(nets)
+    ]
+    for micro_batches in batches:
+        step = summed(sum(len(x) for x, _ in micro_batches))
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            for x, y in micro_batches:
+                (F.cross_entropy(net(x), y, reduction="sum") * world_size / step).backward()
+            optimizer.step()
+    return {"nets": {str(i): net.state_dict() for i, net in enumerate(nets)}}
+
+
+def two_nets_at_two_rates(batches: parity.Steps) -> dict[str, Any]:
+    """The second net's rate grows with W."""
+    return two_nets(batches, rate=True)
+
+
+def in_shards(batches: parity.Steps) -> Any:
+    """The optimizer's state is sharded: each rank's steps for its own parameters, within another's."""
+    return in_steps(batches, optimizer="sharded")
+
+
+def with_a_fixed_k(batches: parity.Steps) -> nn.Module:
+    """Accelerate steps at every second micro-batch, whatever the step that was dealt has."""
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    net: nn.Module = nn.Linear(FEATURES, CLASSES).double()
+    net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    for x, y in (pair for step in batches for pair in step):
+        with accelerator.accumulate(net):
+            accelerator.backward(F.cross_entropy(net(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return net
 
 
 def _define(name: str, train: Callable[..., Any], how: dict[str, Any], *, takes_batches: bool) -> None:
