@@ -247,6 +247,7 @@ class _Notes:
         self.trained, self.nudge = Trained(), nudge
         self.generator = torch.Generator().manual_seed(seed)
         self.root: nn.Module | None = None  # the first that is called and has parameters
+        self.called: set[nn.Module] = set()  # with whole parameters
         self.seen: set[nn.Parameter] = set()
         self.depth = 0  # of optimizers that step within others
         self.shown: list[int] = []
@@ -260,10 +261,11 @@ class _Notes:
             setattr(nn.utils.clip_grad, name, clipping)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        new = [param for param in module.parameters() if param not in self.seen and not is_lazy(param)]
-        if new:
-            self.seen.update(new)
-            self._at_first(module, new)
+        if module not in self.called:
+            params = list(module.parameters())
+            if not any(map(is_lazy, params)):
+                self.called.add(module)
+            self._at_first(module, [param for param in params if param not in self.seen and not is_lazy(param)])
         if self.root is None and self.seen:
             self.root = module
         if torch.is_autocast_enabled("cpu"):
@@ -271,11 +273,12 @@ class _Notes:
         if module is self.root and module.training and torch.is_grad_enabled():
             self.shown += _hashes(next((arg for arg in args if isinstance(arg, Tensor) and arg.dim()), None))
 
-    def _at_first(self, module: nn.Module, params: Iterable[nn.Parameter]) -> None:
+    def _at_first(self, module: nn.Module, new: Sequence[nn.Parameter]) -> None:
         for part in module.modules():
             if (isinstance(part, _DropoutNd) and part.p) or isinstance(part, _BatchNorm):
                 self.trained.random.add(type(part).__name__)
-        for param in params:
+        self.seen.update(new)
+        for param in new:
             if self.nudge and param.is_floating_point():
                 local: Tensor = param.to_local() if hasattr(param, "to_local") else param
                 with torch.no_grad():
@@ -633,19 +636,7 @@ class _Comparison:
                                     cells=cells, counts=counts)  # fmt: skip
             return shown if shown and found_causes == [UNKNOWN] else found_causes
         if what == "the weights":
-            before = max(
-                (i for i in range(number) if len(self.one.weights[i]) == len(self.one.weights[number])), default=-1
-            )
-            if before < 0 or any(
-                len(rank.weights[i]) != len(self.one.weights[number]) for rank in ranks for i in (before, number)
-            ):
-                return [UPDATE]
-            moved = [rank.weights[number] - rank.weights[before] for rank in ranks]
-            if any(_off(other, moved[0]) > allowed for other in moved):
-                return [DIVERGED]
-            whole = self.one.weights[number] - self.one.weights[before]
-            factor = _factor(moved[0], whole, 1e-3, {"W": world_size, "1/W": 1 / world_size})
-            return [UPDATE_W.of(name) for name in factor] or [UPDATE]
+            return _of_update(ranks, self.one, number, allowed)
         if what == "the number of steps":
             return [GREW if _grew(ranks, self.one) else OTHER_STEPS]
         return [LATER if self.one.gradients else ONLY_LAST]
@@ -886,6 +877,19 @@ def _by_examples(ranks: Sequence[Trained], one: Trained) -> list[Cause]:
         if steps != [Counter(step) for step in one.shown[: len(steps)]]:
             causes.append(ORDER)
     return causes
+
+
+def _of_update(ranks: Sequence[Trained], one: Trained, number: int, allowed: float) -> list[Cause]:
+    """Return why the weights before a step differ, where the gradients of the steps before agree."""
+    size = len(one.weights[number])  # several optimizers take turns: the one whose turn it is has this many
+    before = max((i for i in range(number) if len(one.weights[i]) == size), default=number)
+    if before == number or any(len(rank.weights[i]) != size for rank in ranks for i in (before, number)):
+        return [UPDATE]
+    whole, *moved = (each.weights[number] - each.weights[before] for each in (one, *ranks))
+    if any(_off(other, moved[0]) > allowed for other in moved):
+        return [DIVERGED]
+    factors = _factor(moved[0], whole, 1e-3, known_factors(len(ranks), 1))
+    return [UPDATE_W.of(name) for name in factors] or [UPDATE]
 
 
 def _grew(ranks: Sequence[Trained], one: Trained) -> bool:
