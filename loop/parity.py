@@ -83,15 +83,15 @@ class Ranks:
     with Ranks(3) as ranks:
         results = ranks.run(function, *args)   # on every rank; in rank order
 
-    preload: modules that are imported once for all ranks of this process. usable: whether every rank has answered, so
-    that the next call finds it waiting.
+    preload: modules that are imported once for all ranks of this process, beside torch's. usable: whether every rank
+    has answered, so that the next call finds it waiting.
     """
 
-    def __init__(self, world_size: int, preload: Sequence[str] = SLOW_TO_IMPORT) -> None:
+    def __init__(self, world_size: int, preload: Sequence[str] = ()) -> None:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(list(preload))  # torch's import, seconds long, is not paid by each rank
+            context.set_forkserver_preload([*SLOW_TO_IMPORT, *preload])  # seconds, which each rank would pay
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

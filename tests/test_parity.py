@@ -64,7 +64,14 @@ def test_a_fault_in_the_dealing_is_named_by_the_examples_that_the_net_was_shown(
         assert report.causes[world_size] == [planted.WHOLE[name].name], str(report)
 
 
-@pytest.mark.parametrize("name", ["through_workers", "lazily", "by_hand", "two_nets", "in_shards"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lazily",
+        "by_hand",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("through_workers", "two_nets", "in_shards")),
+    ],
+)
 def test_what_people_bring_is_no_false_alarm(name: str) -> None:
     report = parity.parity(getattr(planted, name), data=planted.data(), batch_size=20, world_sizes=[2])
     assert report.same, str(report)

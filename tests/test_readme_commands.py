@@ -34,7 +34,8 @@ def test_a_command_runs_as_it_is_written(command: str) -> None:
     done = subprocess.run(
         ["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT, env=environ, timeout=120, check=False
     )
-    assert done.returncode == 0, done.stderr
+    shown_a_fault = "loop.parity" in command
+    assert done.returncode == shown_a_fault, done.stderr
     if "scripts.symptoms" in command:
         assert all(part in done.stdout for part in RUN[command].split("; ")), done.stdout
 

@@ -145,13 +145,8 @@ def test_a_recipe_runs_as_it_stands(recipe: str, ranks: int, flag: str) -> None:
     assert far > 1e-2 if flag else far < 1e-12
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        *("masked_tokens", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "lightning", "trainer")),  # to 110 s
-    ],
-)
+@pytest.mark.slow  # 10 to 110 s each
+@pytest.mark.parametrize("recipe", PACKAGES)
 def test_parity_passes_the_recipe_and_names_what_is_wrong_with_the_plain_loop(recipe: str) -> None:
     module = pytest.importorskip(f"scripts.recipes.{recipe}", exc_type=ImportError)
     masked = recipe == "masked_tokens"
