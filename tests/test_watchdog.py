@@ -15,6 +15,7 @@ from tests.launches import PYTHON, environment
 TIMEOUT_S = 2
 RANK = f"""
 import os, sys, time
+from torch.distributed import TCPStore
 from loop.run.watchdog import Watchdog
 
 rank, world_size, case = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
@@ -29,6 +30,10 @@ with Watchdog(rank, world_size, {TIMEOUT_S}, lost) as watchdog:
         watchdog.advance()
     print("at work", flush=True)
     time.sleep(4 * {TIMEOUT_S} if case == "slow" else 60 if case in ("hangs", "stops") else 12)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store.add("done", 1)
+    while store.add("done", 0) < world_size:  # one that ended earlier than the others would be silent, rightly
+        time.sleep(0.1)
 """
 LEFT_ALONE: list[str] = []
 
