@@ -336,11 +336,11 @@ class _Notes:
         self.shown, self.unclipped = [], {}
 
 
-def _train(target: _Target, steps: Steps | None, nudge: float, seed: int) -> bytes:
+def _train(target: _Target, dealt: list[Steps] | None, nudge: float, seed: int) -> bytes:
     """Train on this rank; return what was noted, saved: nothing stays in memory that ranks share."""
     notes = _Notes(nudge, seed)  # before the training's own imports
     function = target.function()
-    result = function() if steps is None else function(steps)
+    result = function() if dealt is None else function(dealt[int(os.environ["RANK"])])
     state = result.state_dict() if isinstance(result, nn.Module) else result
     if not isinstance(state, Mapping):
         raise TypeError(f"{target} must return its net or a state_dict, not {type(result).__name__}")
@@ -553,7 +553,7 @@ class _Comparison:
     def train(self, world_size: int, steps: list[Steps] | None, nudge: float = 0.0, seed: int = 0) -> list[Trained]:
         """Train in fresh processes; return what each rank noted. steps: for each rank."""
         with Ranks(world_size) as ranks:
-            saved = ranks.run(_train_rank, self.target, steps, nudge, seed, timeout=self.timeout)
+            saved = ranks.run(_train, self.target, steps, nudge, seed, timeout=self.timeout)
         return [Trained(**torch.load(io.BytesIO(each), weights_only=True)) for each in saved]
 
     def report(self, world_sizes: Sequence[int]) -> Report:
@@ -565,7 +565,7 @@ class _Comparison:
             again = self.train(1, whole)[0]
             nudged = [self.train(1, whole, self.one.eps, seed)[0] for seed in range(REPEATS)]
         except (RankError, HangError) as error:
-            report.fault(1, _failure(1, error, []))
+            report.fault(1, _failure(1, error))
             return report
         if _difference(again, self.one, None):
             report.fault(1, "two trainings of one process differ from each other: seed them")
@@ -597,7 +597,7 @@ class _Comparison:
         try:
             ranks = self.train(world_size, dealt if steps else None)
         except (RankError, HangError) as error:
-            report.fault(world_size, _failure(world_size, error, steps))
+            report.fault(world_size, _failure(world_size, error))
             return
         differences = [found for rank in ranks if (found := _difference(rank, self.one, self.allowed))]
         if not differences:
@@ -656,11 +656,7 @@ class _Comparison:
         return number * len(steps) // self.one.steps
 
 
-def _train_rank(target: _Target, steps: list[Steps] | None, nudge: float, seed: int) -> bytes:
-    return _train(target, steps[int(os.environ["RANK"])] if steps else None, nudge, seed)
-
-
-def _failure(world_size: int, error: Exception, steps: Sequence[Step]) -> str:
+def _failure(world_size: int, error: Exception) -> str:
     text = f"W = {world_size}: {error}"
     if isinstance(error, RankError) and any(word in str(error).splitlines()[-1] for word in NO_GPU):
         text += "\n    Parity runs on CPUs: ask torch.cuda.is_available() for the device, and take gloo without one"
@@ -841,24 +837,25 @@ def _predicted(cells: Sequence[Tensor], counts: Sequence[int], world_size: int) 
 
 def _weights_of_cells(applied: Tensor, cells: Sequence[Tensor], counts: Sequence[int], allowed: float) -> list[Cause]:
     """Return what an example of each cell weighs, where the gradient is made of the cells' gradients in some way."""
-    g = torch.stack(list(cells), 1)
-    share = torch.tensor(counts, dtype=g.dtype) / sum(counts)
-    fitted = torch.linalg.lstsq(g, applied[:, None], driver="gelsd").solution[:, 0]
-    if _off(g @ fitted, applied) > allowed:
+    fitted, off = _fit(cells, applied)
+    if off > allowed:
         return []
-    weights = (f"{float(a / b):.3g}" if b else "-" for a, b in zip(fitted, share, strict=True))
+    shares = (count / sum(counts) for count in counts)
+    weights = (f"{float(a) / share:.3g}" if share else "-" for a, share in zip(fitted, shares, strict=True))
     return [WEIGHTS.of(", ".join(weights))]
 
 
 def _own_only(applied: Sequence[Tensor], cells: Sequence[Tensor], allowed: float) -> bool:
     """Whether each rank's gradient is made of that rank's own cells."""
-    world_size = len(applied)
-    for rank, gradient in enumerate(applied):
-        own = torch.stack(list(cells[rank::world_size]), 1)
-        fitted = own @ torch.linalg.lstsq(own, gradient[:, None]).solution
-        if float((fitted[:, 0] - gradient).norm()) > max(allowed, 1e-9) * max(float(gradient.norm()), 1e-300):
-            return False
-    return True
+    own = (_fit(cells[rank :: len(applied)], gradient)[1] for rank, gradient in enumerate(applied))
+    return max(own) <= max(allowed, 1e-9)
+
+
+def _fit(vectors: Sequence[Tensor], target: Tensor) -> tuple[Tensor, float]:
+    """Return the coefficients with which the vectors come closest to the target, and how far off that is."""
+    columns = torch.stack(list(vectors), 1)
+    fitted = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
+    return fitted, _off(columns @ fitted, target)
 
 
 def _by_examples(ranks: Sequence[Trained], one: Trained) -> list[Cause]:
