@@ -271,6 +271,15 @@ def over_nccl() -> nn.Module:
     return nn.Linear(2, 2)
 
 
+def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[parity.Batch]) -> None:
+    """Take a right step."""
+    step = summed(sum(len(x) for x, _ in micro_batches))
+    optimizer.zero_grad()
+    for x, y in micro_batches:
+        (F.cross_entropy(net(x), y, reduction="sum") * int(os.environ["WORLD_SIZE"]) / step).backward()
+    optimizer.step()
+
+
 def with_dropout(batches: parity.Steps) -> nn.Module:
     """Each rank draws numbers of its own."""
     world_size = int(os.environ["WORLD_SIZE"])
@@ -281,11 +290,7 @@ def with_dropout(batches: parity.Steps) -> nn.Module:
         net = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for micro_batches in batches:
-        step = summed(sum(len(x) for x, _ in micro_batches))
-        optimizer.zero_grad()
-        for x, y in micro_batches:
-            (F.cross_entropy(net(x), y, reduction="sum") * world_size / step).backward()
-        optimizer.step()
+        take_step(net, optimizer, micro_batches)
     return net
 
 
@@ -346,11 +351,7 @@ def lazily(batches: parity.Steps) -> nn.Module:
         net = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for micro_batches in batches:
-        step = summed(sum(len(x) for x, _ in micro_batches))
-        optimizer.zero_grad()
-        for x, y in micro_batches:
-            (F.cross_entropy(net(flatten(x.float())), y, reduction="sum") * world_size / step).backward()
-        optimizer.step()
+        take_step(net, optimizer, [(flatten(x.float()), y) for x, y in micro_batches])
     return net
 
 
@@ -384,12 +385,8 @@ def two_nets(batches: parity.Steps, rate: bool = False) -> dict[str, Any]:
         torch.optim.SGD(net.parameters(), lr=0.1 * (world_size if rate and i else 1)) for i, net in enumerate(nets)
     ]
     for micro_batches in batches:
-        step = summed(sum(len(x) for x, _ in micro_batches))
         for net, optimizer in zip(nets, optimizers, strict=True):
-            optimizer.zero_grad()
-            for x, y in micro_batches:
-                (F.cross_entropy(net(x), y, reduction="sum") * world_size / step).backward()
-            optimizer.step()
+            take_step(net, optimizer, micro_batches)
     return {"nets": {str(i): net.state_dict() for i, net in enumerate(nets)}}
 
 
