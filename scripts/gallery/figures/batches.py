@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
 from torch.nn import functional as F
 
+from loop.config import Config
 from loop.shards import Tail, sizes_in_words
 from scripts.gallery.drawing import Finding, curve, legend, panels, plot
 from scripts.gallery.probes import (
@@ -19,7 +20,6 @@ from scripts.gallery.probes import (
     effect_cells,
     effect_of_tail,
     first_examples,
-    flags_of,
     fresh,
     gradient,
     last,
@@ -99,21 +99,24 @@ def cost(figure: Figure, runs: Runs) -> Finding:
     """What the weights of the last batch do to a trained net, over the number of training examples."""
     axes = plot(
         figure, xscale="log", yscale="log", xlabel="training examples, N",
-        ylabel="weights off one process's, 3 epochs (%)",
+        ylabel="trained weights off one process's (%)",
     )  # fmt: skip
     ends: dict[str, tuple[int, float, int, float]] = {}
     for index, left in enumerate((TAIL, 129)):
         plain = {int(run.config["train_examples"]): run for run in runs["size-plain"]}
         sizes = sorted(n for n in plain if n % BATCH == left)
         moved = [100 * distance(plain[n], pick(runs["size-exact"], train_examples=n)) for n in sizes]
-        dealt = sizes_in_words(flags_of(plain[sizes[0]]).shards(sizes[0], 4).last_step.sizes)
+        dealt = sizes_in_words(Config(tail="ragged").shards(sizes[0], 4).last_step.sizes)
         curve(axes, index, sizes, moved, f"4 ranks hold {dealt} in the last step")
         for n, value in zip(sizes, moved, strict=True):
-            axes.annotate(f"{percent(value)}", (n, value), (4, 4), textcoords="offset points", fontsize=7)
+            where: Any = {"xytext": (0, -13 + 19 * index), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(percent(value), (n, value), fontsize=8, **where)
         require(moved[0] > moved[-1], f"off by {moved} % at {sizes}")
         ends[dealt] = sizes[0], moved[0], sizes[-1], moved[-1]
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xticks([400, 1_000, 4_000, 16_000, 60_000], ["400", "1,000", "4,000", "16,000", "60,000"])
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.margins(0.08, 0.15)
     legend(axes)
     found = [
         f"{dealt}: {percent(small)} off at N = {n:,}, {percent(large)} at {most:,}"
@@ -170,7 +173,7 @@ def overlay(figure: Figure, runs: Runs) -> Finding:
         apart = [abs(a - b) for a, b in zip(values, over(alone, "step", "step/loss")[1], strict=True)]
         curve(axes, index, steps, apart, f"W = {world_size}, {normalize}", marked=False)
         gaps[normalize, world_size], off[normalize, world_size] = max(apart), distance(run, alone)
-    axes.set_yscale("symlog", linthresh=1e-16, subs=[])
+    axes.set_yscale("symlog", linthresh=1e-16, subs=[1])
     axes.set_yticks([0, 1e-16, 1e-12, 1e-8, 1e-4, 1])
     axes.set_ylim(0, 10)
     legend(axes, loc="center right")

@@ -37,7 +37,7 @@ def bits(figure: Figure, runs: Runs) -> Finding:
             far[name, world_size] = off
             curve(axes, index, range(1, len(off) + 1), off, name if any(off) else f"{name}: 0", marked=False)
     for axes in pair:
-        axes.set_yscale("symlog", linthresh=1e-8, subs=[])
+        axes.set_yscale("symlog", linthresh=1e-8, subs=[1])
         axes.set_yticks([0, 1e-8, 1e-6, 1e-4, 1e-2, 1])
         axes.set_ylim(-1e-9, 3)
         legend(axes, loc="center right")

@@ -74,7 +74,7 @@ def scalar(figure: Figure, runs: Runs) -> Finding:
     sizes = Config(tail="ragged").shards(BATCH + TAIL, 4).steps[-1].sizes
     held = f"4 ranks hold {', '.join(map(str, sizes))}"
     pair = panels(
-        figure, f"mean: {held}", f"sum: {held}", xlabel=f"example of the last batch (number of {TAIL})",
+        figure, f"mean: {held}", f"sum: {held}", xlabel="example (its place in the last batch)",
         ylabel="weight in the step (one process's = 1)", ylim=(0, 1.1),
     )  # fmt: skip
     weights = {}
