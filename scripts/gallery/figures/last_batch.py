@@ -59,7 +59,7 @@ def last_parts(loaders: Iterable[Iterable[Sequence[int]]]) -> list[tuple[int, in
     return parts
 
 
-def by_distributed_sampler() -> list[tuple[int, int]]:
+def by_sampler() -> list[tuple[int, int]]:
     """Return what torch's DistributedSampler deals in the last step."""
     data = cast("Dataset[int]", range(N))
     return last_parts(
@@ -75,17 +75,15 @@ def by_accelerate(even: bool) -> list[tuple[int, int]]:
 
 def of_examples() -> list[Row]:
     """Return a row for each way of dealing and reducing the last examples."""
-    sampler, even, uneven = by_distributed_sampler(), by_accelerate(even=True), by_accelerate(even=False)
-    joined = weighed(uneven, LEFT)
-    require(
-        [new for new, _ in uneven] == list(PLAN.last_step.sizes), f"Accelerate deals {uneven}, not as --tail ragged"
-    )
-    without = [rank for rank, part in enumerate(uneven) if part == (0, 0)]
+    uneven = by_accelerate(even=False)
+    require([new for new, _ in uneven] == list(PLAN.last_step.sizes), f"Accelerate deals {uneven}, not raggedly")
+    sampler, even, joined = (weighed(parts, LEFT) for parts in (by_sampler(), by_accelerate(even=True), uneven))
+    ended = uneven.index((0, 0))
     return [
         Row("One process", "as it should be", weighed([(LEFT, 0)], LEFT)),
-        Row("DistributedSampler", f"{copies(sampler)} count twice", weighed(sampler, LEFT)),
-        Row("Accelerate's default", f"{copies(even)} count twice", weighed(even, LEFT)),
-        Row("even_batches=False", f"hangs: rank {without[0]}\nhas no batch", [Share(*part, None) for part in uneven]),
+        Row("DistributedSampler", f"{copied(sampler)} count twice", sampler),
+        Row("Accelerate's default", f"{copied(even)} count twice", even),
+        Row("even_batches=False", f"hangs: rank {ended}\nhas no batch", [Share(*part, None) for part in uneven]),
         Row("the same inside Join", f"one counts {heaviest(joined):.0f} times", joined),
         Row("sum of losses × W / n", "exact", weighed(uneven, LEFT, "global")),
     ]
@@ -101,9 +99,9 @@ def of_tokens() -> list[Row]:
     ]
 
 
-def copies(parts: Sequence[tuple[int, int]]) -> int:
+def copied(shares: Sequence[Share]) -> int:
     """Return how many examples of a step are copies."""
-    return sum(copies for _, copies in parts)
+    return sum(share.copies for share in shares)
 
 
 def heaviest(shares: Sequence[Share]) -> float:
@@ -111,9 +109,10 @@ def heaviest(shares: Sequence[Share]) -> float:
     return max(share.weight or 0 for share in shares if share.new)
 
 
-def number(weight: float) -> str:
-    """Return a weight as its box has it."""
-    return f"{weight:.2f}" if weight < 9.995 else f"{weight:.0f}"
+def number(share: Share) -> str:
+    """Return a share's weight as its box has it."""
+    assert share.weight is not None
+    return f"{share.weight:.2f}" if share.weight < 9.995 else f"{share.weight:.0f}"
 
 
 def hero(figure: Figure, runs: Runs) -> Finding:
@@ -125,41 +124,28 @@ def hero(figure: Figure, runs: Runs) -> Finding:
     axes = figure.subplots()
     axes.set(xlim=(EDGE, 376), ylim=(9.55, -1.15))
     axes.set_axis_off()
-    say(
-        axes,
-        EDGE,
-        -0.85,
-        f"{N} examples, {W} ranks, {SHARE} a rank and step: {LEFT} are left for the last step",
-        size=11,
-    )
+    dealt = f"{N} examples, {W} ranks, {SHARE} per rank and step: {LEFT} are left for the last step"
+    masked = f"{sum(TOKENS)} tokens with a label, unequally many on each rank, as masks leave them"
+    for y, text in ((-0.85, dealt), (6.15, masked)):
+        say(axes, EDGE, y, text, size=11)
     for rank in range(W):
         say(axes, left(rank) + SLOT / 2, 0.62, f"rank {rank}", ha="center", color="0.3")
     for y, row in zip((0, 1.25, 2.25, 3.25, 4.25, 5.25), examples, strict=True):
         draw(axes, y, row, 1)
-    say(
-        axes,
-        EDGE,
-        6.15,
-        f"The same for {sum(TOKENS)} tokens, where masks leave ranks unequal numbers of labels",
-        size=11,
-    )
     for y, row in zip((6.9, 7.9), tokens, strict=True):
         draw(axes, y, row, SLOT / max(TOKENS))
     key(axes, 9.05)
-    joined, own = examples[4].shares, tokens[0].shares
-    in_sampler, in_default = (sum(share.copies for share in row.shares) for row in examples[1:3])
+    sampler, even, joined, own = (row.shares for row in (*examples[1:3], examples[4], tokens[0]))
     return Finding(
         "Who counts in the last batch?",
         f"All {LEFT} examples weigh 1/n, n = {LEFT}: a weight × n of 1. Box: a rank; its width: its examples.",
-        f"`DistributedSampler` adds {in_sampler} copies of earlier examples. Accelerate's default adds {in_default}, "
-        f"so that the examples that are left weigh {number(examples[2].shares[0].weight or 0)}/n. "
-        "Without `even_batches` the ranks take different numbers of steps, and the all-reduce waits for ever. Inside "
-        f"`Join`, which still divides by W, the {joined[0].new} examples of a full rank weigh "
-        f"{number(joined[0].weight or 0)}/n each, and the one on rank 2 weighs {number(joined[2].weight or 0)}/n. Each "
-        "rank's sum times W / n gives all of them 1/n. Of "
-        f"{sum(TOKENS)} tokens, "
-        + ", ".join(f"{share.new} weigh {number(share.weight or 0)}/n" for share in own)
-        + " under each rank's own mean, and all 1/n under the global count.",
+        f"`DistributedSampler` adds {copied(sampler)} copies of earlier examples. Accelerate's default adds "
+        f"{copied(even)}, so that the examples that are left weigh {number(even[0])}/n. Without `even_batches` the "
+        "ranks take different numbers of steps, and the all-reduce waits for ever. Inside `Join`, which still divides "
+        f"by W, the {joined[0].new} examples of a full rank weigh {number(joined[0])}/n each, and the one on rank 2 "
+        f"weighs {number(joined[2])}/n. Each rank's sum times W / n gives all of them 1/n. Of {sum(TOKENS)} tokens, "
+        f"{', '.join(f'{share.new} weigh {number(share)}/n' for share in own)} under each rank's own mean, and all 1/n "
+        "under the global count.",
     )
 
 
@@ -189,34 +175,29 @@ def draw(axes: Axes, y: float, row: Row, unit: float) -> None:
     say(axes, EDGE, y, row.name, weight="bold")
     say(axes, left(W) + 2, y, row.verdict)
     for rank, share in enumerate(row.shares):
-        new, extra = share.new * unit, share.copies * unit
+        x, new, width = left(rank), share.new * unit, (share.new + share.copies) * unit
         if len(row.shares) > 1:
-            idle: Any = {"linestyle": "--", "edgecolor": "0.2"} if not new + extra else {"edgecolor": "0.75"}
-            axes.add_patch(Rectangle((left(rank), y - 0.4), SLOT, 0.8, fill=False, linewidth=0.8, **idle))
-        box(axes, left(rank), y, new, share.weight)
-        if extra:
-            box(axes, left(rank) + new, y, extra, share.weight, "////")
-        text = "waits" if share.weight is None else number(share.weight)
-        middle, beside = left(rank) + (new + extra) / 2, left(rank) + new + extra + 4
-        if not new + extra:
-            say(
-                axes,
-                left(rank) + SLOT / 2,
-                y,
-                "idle" if share.weight is not None else "ended",
-                ha="center",
-                color="0.3",
-            )
-        elif new + extra < SLOT / 3:
-            tag = {"facecolor": colour(share.weight), "edgecolor": "0.25", "linewidth": 0.8, "pad": 2.5}
-            say(
-                axes, beside + 3, y - 0.14, text, weight="bold", bbox=tag if share.weight and share.weight > 2 else None
-            )
-            say(axes, beside + 3, y + 0.22, f"{share.new}", size=8)
-        else:
-            count = f"{share.new} + {share.copies}" if share.copies else f"{share.new}"
-            say(axes, middle, y - 0.16, text, ha="center", weight="bold")
-            say(axes, middle, y + 0.2, count, size=8, ha="center")
+            outline(axes, x, y, SLOT, idle=not width)
+        if not width:
+            say(axes, x + SLOT / 2, y, "ended" if share.weight is None else "idle", ha="center", color="0.3")
+            continue
+        box(axes, x, y, new, share.weight)
+        if share.copies:
+            box(axes, x + new, y, width - new, share.weight, "////")
+        narrow = width < SLOT / 3
+        where: Any = {"x": x + width + 7, "ha": "left"} if narrow else {"x": x + width / 2, "ha": "center"}
+        if narrow and (share.weight or 0) > 2:
+            where["bbox"] = {"facecolor": colour(share.weight), "edgecolor": "0.25", "linewidth": 0.8, "pad": 2}
+        say(axes, y=y - 0.16, text="waits" if share.weight is None else number(share), weight="bold", **where)
+        where.pop("bbox", None)
+        count = f"{share.new} + {share.copies}" if share.copies else f"{share.new}"
+        say(axes, y=y + 0.21, text=count, size=8, **where)
+
+
+def outline(axes: Axes, x: float, y: float, width: float, idle: bool) -> None:
+    """Draw the outline of a rank's slot, dashed where it has no examples."""
+    how: Any = {"linestyle": "--", "edgecolor": "0.2"} if idle else {"edgecolor": "0.75"}
+    axes.add_patch(Rectangle((x, y - 0.4), width, 0.8, fill=False, linewidth=0.8, **how))
 
 
 def key(axes: Axes, y: float) -> None:
@@ -227,6 +208,6 @@ def key(axes: Axes, y: float) -> None:
         say(axes, left(0) + 26 * index + 12, y, f"{weight:g}", size=9, ha="center")
     box(axes, 146, y, 24, 1, "////")
     say(axes, 174, y, "copies", size=9)
-    axes.add_patch(Rectangle((212, y - 0.4), 24, 0.8, fill=False, linestyle="--", linewidth=0.8, edgecolor="0.2"))
+    outline(axes, 212, y, 24, idle=True)
     say(axes, 240, y, "no examples", size=9)
     say(axes, 300, y, "width: examples", size=9)
