@@ -29,12 +29,15 @@ import train
 from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
-from scripts import recipes, sweep, symptoms
+from scripts import recipes, sweep
+from scripts.symptoms import __main__ as symptoms
+from scripts.symptoms.loaders import PATIENCE_S, uneven_hang
 from tests.cases import flat_gradient
 from tests.ranks import World
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SYMPTOMS = (ROOT / "scripts" / "symptoms" / "README.md").read_text(encoding="utf-8")
 PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "scripts").rglob("*.md")))]
 LAUNCHER = r"(?:[A-Z_]+=\S+ )*(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
 
@@ -100,7 +103,7 @@ def parsed_by(main: Callable[[list[str]], int], args: list[str], monkeypatch: py
     assert main(args) == 130
 
 
-@pytest.mark.parametrize(("command", "says"), [pair for pair in commands() if pair[1]])
+@pytest.mark.parametrize(("command", "says"), [pair for pair in dict.fromkeys(commands()) if pair[1]])
 def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
@@ -138,9 +141,9 @@ def trained(args: list[str], out: Path) -> tuple[dict[str, float], str]:
 
 def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
     """Show a symptom on this rank, with less patience than its command has."""
-    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: symptoms.uneven_hang(fixed, patience_s=1)
+    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: uneven_hang(fixed, patience_s=1)
     text = symptoms.report(args[0], fixed="--fixed" in args)
-    return {}, text.replace("waited 1 s", f"waited {symptoms.PATIENCE_S:g} s")
+    return {}, text.replace("waited 1 s", f"waited {PATIENCE_S:g} s")
 
 
 def distance(recipe: str, args: list[str], out: Path) -> tuple[dict[str, float], str]:
@@ -154,16 +157,35 @@ def test_there_are_commands_with_numbers_to_check() -> None:
     assert len([says for _, says in commands() if says]) >= 20
 
 
-def test_links_into_the_page_lead_to_a_heading() -> None:
-    headings = re.findall(
-        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
-    }  # as GitHub makes them
-    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+def anchors(page: str) -> set[str]:
+    """The page's headings, as GitHub links to them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [README, SYMPTOMS], ids=["README", "symptoms"])
+def test_links_into_the_page_lead_to_a_heading(page: str) -> None:
+    links = set(re.findall(r"\]\(#([^)]+)\)", page))
     assert links
-    assert links <= anchors
+    assert links <= anchors(page)
+
+
+def test_links_to_a_symptom_lead_to_its_heading() -> None:
+    assert set(re.findall(r"\]\(scripts/symptoms/README.md#([^)]+)\)", README)) <= anchors(SYMPTOMS)
+
+
+def test_each_symptom_has_a_row_a_check_a_change_and_commands_with_a_wrong_and_a_right_number() -> None:
+    says = dict(commands([SYMPTOMS]))
+    for name in symptoms.SYMPTOMS:
+        wrong = f"torchrun --standalone --nproc_per_node 2 -m scripts.symptoms {name}"
+        assert says[wrong]
+        assert "2 ranks, fixed: " in says[f"{wrong} --fixed"]
+    table, *sections = re.split(r"^### ", SYMPTOMS, flags=re.MULTILINE)
+    assert len(re.findall(r"^\| \[", table, re.MULTILINE)) == len(sections)
+    for section in sections:
+        assert "\n- Check: " in section
+        assert "\n- Change: " in section
+        assert "# " in "".join(blocks("bash", [section]))
 
 
 CLASSES, STEPS = 5, 4
