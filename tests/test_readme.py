@@ -29,7 +29,9 @@ import train
 from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
-from scripts import recipes, sweep, symptoms
+from scripts import recipes, sweep
+from scripts.symptoms import __main__ as symptoms
+from scripts.symptoms.loaders import PATIENCE_S, uneven_hang
 from tests.cases import flat_gradient
 from tests.ranks import World
 
@@ -37,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / "README.md", *sorted((ROOT / "loop").rglob("*.md")), *sorted((ROOT / "scripts").rglob("*.md"))]
 PAGES = [page.read_text(encoding="utf-8") for page in FILES]
+SYMPTOMS = (ROOT / "scripts" / "symptoms" / "README.md").read_text(encoding="utf-8")
 LAUNCHER = r"(?:[A-Z_]+=\S+ )*(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
 
 
@@ -101,7 +104,7 @@ def parsed_by(main: Callable[[list[str]], int], args: list[str], monkeypatch: py
     assert main(args) == 130
 
 
-@pytest.mark.parametrize(("command", "says"), [pair for pair in commands() if pair[1]])
+@pytest.mark.parametrize(("command", "says"), [pair for pair in dict.fromkeys(commands()) if pair[1]])
 def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
@@ -141,9 +144,9 @@ def trained(args: list[str], out: Path) -> tuple[dict[str, float], str]:
 
 def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
     """Show a symptom on this rank, with less patience than its command has."""
-    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: symptoms.uneven_hang(fixed, patience_s=1)
+    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: uneven_hang(fixed, patience_s=1)
     text = symptoms.report(args[0], fixed="--fixed" in args)
-    return {}, text.replace("waited 1 s", f"waited {symptoms.PATIENCE_S:g} s")
+    return {}, text.replace("waited 1 s", f"waited {PATIENCE_S:g} s")
 
 
 def distance(recipe: str, args: list[str], out: Path) -> tuple[dict[str, float], str]:
@@ -175,6 +178,20 @@ def test_links_within_the_project_lead_to_a_file_and_a_heading(page: Path) -> No
 
 def test_the_front_page_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+def test_each_symptom_has_a_row_a_check_a_change_and_commands_with_a_wrong_and_a_right_number() -> None:
+    says = dict(commands([SYMPTOMS]))
+    for name in symptoms.SYMPTOMS:
+        wrong = f"torchrun --standalone --nproc_per_node 2 -m scripts.symptoms {name}"
+        assert says[wrong]
+        assert "2 ranks, fixed: " in says[f"{wrong} --fixed"]
+    table, *sections = re.split(r"^### ", SYMPTOMS, flags=re.MULTILINE)
+    assert len(re.findall(r"^\| \[", table, re.MULTILINE)) == len(sections)
+    for section in sections:
+        assert "\n- Check: " in section
+        assert "\n- Change: " in section
+        assert "# " in "".join(blocks("bash", [section]))
 
 
 CLASSES, STEPS = 5, 4
