@@ -176,7 +176,8 @@ def test_the_nets_have_an_output_for_every_label_of_both_halves(
 def test_what_is_hard_to_learn_is_said_once(tmp_path: Path) -> None:
     pixels = bytes(range(16)) * (3 * 49)
     white = idx(2, 28, 28, content=b"\xff" * 2 * 784)
-    changes = {"train_images": idx(3, 28, 28, content=pixels), "t10k_images": white, "train_labels": idx(3, content=bytes([4, 4, 4]))}
+    labels = idx(3, content=bytes([4, 4, 4]))
+    changes = {"train_images": idx(3, 28, 28, content=pixels), "t10k_images": white, "train_labels": labels}
     train, _ = load(Config(dataset=str(folder_with(tmp_path, **changes))))
     assert train.remarks[1:] == (
         "warning: the train images' pixels range from 0 to 15; the nets are made for 0 to 255",

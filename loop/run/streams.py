@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -24,7 +25,7 @@ def forgive_streams() -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # closed before the program began, and not to be taken by a file that it opens
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open("w"))
         elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             file: Any = _Forgiving(descriptor, "w", closefd=False)
             wrapped = io.TextIOWrapper(
