@@ -253,23 +253,22 @@ class _Notes:
             trained.eps = max(trained.eps, torch.finfo(torch.get_autocast_dtype("cpu")).eps)
         if module not in self.called:
             params = list(module.parameters())
-            whole = [param for param in params if not is_lazy(param)]
-            self._at_first([param for param in whole if param not in self.seen])
-            if len(whole) == len(params):
+            new = [param for param in params if param not in self.seen and not is_lazy(param)]
+            self.seen.update(new)
+            for param in new if self.nudge else ():
+                self._perturb(param.to_local() if hasattr(param, "to_local") else param)
+            if not any(map(is_lazy, params)):
                 self.called.add(module)
         if self.root is None and self.seen:
             self.root = module
         if module is self.root and module.training and torch.is_grad_enabled():
             self.shown += _hashes(next((arg for arg in args if isinstance(arg, Tensor) and arg.dim()), None))
 
-    def _at_first(self, new: Sequence[nn.Parameter]) -> None:
-        self.seen.update(new)
-        for param in new:
-            if self.nudge and param.is_floating_point():
-                local: Tensor = param.to_local() if hasattr(param, "to_local") else param
-                with torch.no_grad():
-                    noise = torch.rand(local.shape, generator=self.generator, dtype=torch.float64) - 0.5
-                    local.copy_(local.double() * (1 + 2 * self.nudge * noise))
+    def _perturb(self, param: Tensor) -> None:
+        if param.is_floating_point():
+            noise = torch.rand(param.shape, generator=self.generator, dtype=torch.float64) - 0.5
+            with torch.no_grad():
+                param.copy_(param.double() * (1 + 2 * self.nudge * noise))
 
     def _noting(self, clip: Callable[..., Any]) -> Callable[..., Any]:
         def noting(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -301,14 +300,14 @@ class _Notes:
 
     def _note(self) -> None:
         if self.trained.steps < FIRST:
-            self.trained.noted["the gradient", self.trained.steps] = _flat(map(self._gradient, self.params))
+            grads = (self.unclipped.get(param, param.grad) for param in self.params)
+            noted = (
+                torch.zeros_like(_whole(param)) if grad is None else _whole(grad)
+                for param, grad in zip(self.params, grads, strict=True)
+            )
+            self.trained.noted["the gradient", self.trained.steps] = _flat(noted)
         self.trained.shown.append(self.shown)
         self.shown, self.unclipped = [], {}
-
-    def _gradient(self, param: Tensor) -> Tensor:
-        if param in self.unclipped:
-            return self.unclipped[param]
-        return torch.zeros_like(_whole(param)) if param.grad is None else _whole(param.grad)
 
 
 def _train(target: str, dealt: list[Steps] | None, nudge: float = 0.0, seed: int = 0) -> bytes:
