@@ -216,7 +216,7 @@ def whole(fault: str = "") -> nn.Module:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     mine = order if all_of_them else order[rank::world_size]
     if fault == "twice" and world_size > 1:
-        mine = [order[i] for i in DistributedSampler(examples, shuffle=False)]
+        mine = [order[i] for i in DistributedSampler(examples, world_size, rank, shuffle=False)]
     elif fault == "missing" and world_size > 1:
         mine = order[rank : n - batch_size : world_size]
     share = batch_size if all_of_them or fault == "grew" else batch_size // world_size
