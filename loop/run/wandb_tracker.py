@@ -66,7 +66,7 @@ def _refuse_what_wandb_would() -> None:
     import wandb
 
     try:
-        wandb.Settings().update_from_env_vars(os.environ)
+        wandb.Settings().update_from_env_vars(dict(os.environ))
     except ValueError as error:
         raise InputError(f"W&B refuses a WANDB_ variable: {in_one_line(error)}") from None
 
