@@ -24,7 +24,7 @@ def token_mean(fixed: bool) -> Shown:
     else:
         losses.mean().backward()
     return Shown(
-        f"gradient of the mean of tokens 1 to {n}, in sequences of 1 to {world_size}", gradient(net), (n + 1) / 2
+        f"gradient of the mean of tokens 1 to {n}, in sequences of 1 to {world_size} tokens", gradient(net), (n + 1) / 2
     )
 
 
