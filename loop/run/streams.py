@@ -25,7 +25,7 @@ def forgive_streams() -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # closed before the program began, and not to be taken by a file that it opens
-            setattr(sys, name, Path(os.devnull).open("w"))
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             file: Any = _Forgiving(descriptor, "w", closefd=False)
             wrapped = io.TextIOWrapper(
