@@ -17,9 +17,10 @@ from scripts.compare.page import style
 from scripts.gallery.probes import Runs
 
 WORDS = 8  # of a title, at most
-DPI = 150
-COUNTS = ("step", "epoch", "ranks, W", "training examples, N", "examples in the batch, n", "micro-batches in a step, K")
-NO_UNIT = (*COUNTS, "--lr", "effective lr", "loss scale", "largest parameter difference")
+NO_UNIT = (
+    "step", "epoch", "ranks, W", "training examples, N", "examples in the batch, n", "micro-batches in a step, K",
+    "--lr", "effective lr", "loss scale", "largest parameter difference",
+)  # fmt: skip
 """Axis labels that need no unit; every other ends on its unit in brackets. Named ticks need no label."""
 
 
@@ -89,7 +90,7 @@ def paint(draw: Callable[[Figure, Runs], Finding], runs: Runs) -> tuple[Figure, 
 def labels(figure: Figure) -> list[str]:
     """Return the labels of all axes that have ticks of numbers; '' where one lacks its label."""
     texts = []
-    for axes in filter(lambda axes: axes.axison, figure.axes):
+    for axes in (axes for axes in figure.axes if axes.axison):
         for axis, group in ((axes.xaxis, axes.get_shared_x_axes()), (axes.yaxis, axes.get_shared_y_axes())):
             alike = [getattr(other, f"{axis.axis_name}axis").get_label_text() for other in group.get_siblings(axes)]
             named = any(tick.get_text().isalpha() for tick in axis.get_ticklabels())
@@ -102,6 +103,6 @@ def save(figure: Figure, path: Path) -> None:
     picture, notes = io.BytesIO(), PngInfo()
     notes.add_text("Title", figure.get_suptitle())
     notes.add_text("Labels", json.dumps(labels(figure)))
-    figure.savefig(picture, format="png", dpi=DPI)
+    figure.savefig(picture, format="png", dpi=150)
     with Image.open(picture) as image:
         image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True, pnginfo=notes)
