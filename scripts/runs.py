@@ -106,17 +106,24 @@ def study(out: Path, group: str) -> list[Path]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return a run's config.json. Raises InputError where there is none, or it is broken."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    config = _object(folder / "config.json")
+    if config is None:
         what = "is no run: it has no config.json" if folder.is_dir() else "is no folder"
-        raise InputError(f"{folder} {what}: name the folders of runs, such as runs/*-w2-*") from None
+        raise InputError(f"{folder} {what}: name the folders of runs, such as runs/*-w2-*")
+    return config
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object that a file holds, None where there is no file. Raises InputError where it is broken."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): leave this run out") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no config: leave this run out")
-    return config
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no object: leave this run out")
+    return values
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -144,19 +151,15 @@ def _rank(value: str) -> tuple[bool, float, str]:
 
 
 def _read(folder: Path, config: Mapping[str, Any]) -> Run:
-    summary, failure, weights = folder / "summary.json", None, None
-    if summary.is_file():
-        weights = json.loads(summary.read_text()).get("weights_sha256")
-    if (folder / FAILED).is_file():
-        failure = str(json.loads((folder / FAILED).read_text())["reason"])
+    summary, failed = _object(folder / "summary.json"), _object(folder / FAILED)
     return Run(
         readable(folder.resolve().name),
         folder,
         dict(_flat(config)),
         _curves(folder / "metrics.jsonl"),
-        summary.is_file(),
-        failure,
-        weights,
+        summary is not None,
+        str(failed.get("reason")) if failed else None,
+        (summary or {}).get("weights_sha256"),
     )
 
 

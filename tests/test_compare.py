@@ -314,12 +314,17 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     write_run(Path("runs/a")).joinpath("metrics.jsonl").write_text("\n".join(rows) + "\n")
     write_run(Path("runs/b"), lr=9e37, finished=False)
     Path("runs/b/failed.json").write_text(json.dumps({"reason": "the loss is nan", "step": 3}))
+    for name, of_run in (("c", "summary.json"), ("d", "failed.json")):
+        write_run(Path("runs", name)).joinpath(of_run).write_text("[1")
     Path("runs/study-w1.log").write_text("a sweep's")
     compare(*sorted(Path("runs").iterdir()))
     out, err = capsys.readouterr()
+    broken = "cannot be read (Expecting ',' delimiter: line 1 column 3 (char 2)): leave this run out"
     assert err == (
         "left out: runs/a/metrics.jsonl, line 2: no row of numbers\n"
         "left out: runs/a/metrics.jsonl, line 3: no row of numbers\n"
+        f"left out: runs/c/summary.json {broken}\n"
+        f"left out: runs/d/failed.json {broken}\n"
         "left out: runs/study-w1.log is no folder: name the folders of runs, such as runs/*-w2-*\n"
     )
     table = table_of(out)

@@ -136,7 +136,9 @@ def test_wherever_a_rank_is_lost_one_line_names_it(
         for rank in range(world_size)
     ]  # fmt: skip
     try:
-        (line,) = ends(ranks[:lost], within=30)  # starting takes some of it
+        said = ends(ranks[:lost], within=90)  # starting takes some of it
+        ranks[lost].kill()
+        (line,) = said + ranks[lost].communicate()[1].splitlines()  # one that hangs may find it first
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -146,8 +148,9 @@ def test_wherever_a_rank_is_lost_one_line_names_it(
         how = "is dead, stopped, or cut off: no sign of life for 3 s"
     assert line.startswith(f"train.py: error: rank {lost} {how}"), line
     rows = tmp_path / "run" / "metrics.jsonl"
-    assert rows.exists() == (place != "start")
-    assert all(json.loads(row)["step"] for row in rows.read_text().splitlines()) if rows.exists() else True
+    kept = rows.read_text().splitlines() if rows.exists() else []
+    assert bool(kept) == (place != "start")
+    assert all(json.loads(row)["step"] for row in kept)
 
 
 FAULT = """
@@ -306,7 +309,10 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> N
 def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
     with job(disk, 2, "--checkpoint-every", "5") as ranks:
         mount("--bind", str(disk / "run"), str(disk / "run"))  # the kernel makes no disk read-only while it is in use,
-        mount("-o", "remount,ro,bind", str(disk / "run"))  # but what is opened from here on is
+        while True:  # but what is opened from here on is; unless a file has just been opened for writing
+            with contextlib.suppress(subprocess.CalledProcessError):
+                mount("-o", "remount,ro,bind", str(disk / "run"))
+                break
         line = rank_0_says(ranks)
     assert line.startswith("train.py: error: the run cannot be saved: ")
     assert "Read-only file system" in line

@@ -78,6 +78,14 @@ def test_train_sh_ends_with_the_message_and_the_signals_exit_code(tmp_path: Path
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "-u"])
+def test_last_words_are_out_before_the_process_is_ended(unbuffered: str) -> None:
+    """Under `python -u`, as torchrun starts ranks, a line had stayed in the buffer of a process that ends itself."""
+    code = "import os, sys, loop.run.streams as s; s.forgive_streams(); print('last', file=sys.stderr); os._exit(3)"
+    done = in_shell(f'{PYTHON} {unbuffered} -c "{code}"')
+    assert (done.returncode, done.stderr) == (3, "last\n")
+
+
 def test_only_a_signal_to_stop_stops_a_run() -> None:
     old = signal.signal(signal.SIGWINCH, lambda *_: None)  # a handler of Python's, as a library may set one
     try:

@@ -28,7 +28,8 @@ def forgive_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             file: Any = _Forgiving(descriptor, "w", closefd=False)
+            by_line = stream.line_buffering or stream.write_through  # `python -u`, as torchrun starts ranks
             wrapped = io.TextIOWrapper(
-                io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+                io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=by_line
             )
             setattr(sys, name, wrapped)

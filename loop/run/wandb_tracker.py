@@ -68,7 +68,8 @@ def _refuse_what_wandb_would() -> None:
     try:
         wandb.Settings().update_from_env_vars(dict(os.environ))
     except ValueError as error:
-        raise InputError(f"W&B refuses a WANDB_ variable: {in_one_line(error)}") from None
+        reason = in_one_line(error).partition(" [type=")[0]  # pydantic adds the input, and a link
+        raise InputError(f"W&B refuses a WANDB_ variable: {reason}") from None
 
 
 @functools.cache  # a sweep asks once
