@@ -57,9 +57,10 @@ def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Spl
 
 def _remarks(train: Split, test: Split) -> Iterator[str]:
     """Yield warnings about a set that can be read, but is hard to learn from."""
-    low, high = int(train.images.min()), int(train.images.max())
-    if high < 128:
-        yield f"warning: the train images' pixels range from {low} to {high}; the nets are made for 0 to 255"
+    for half, images in (("train", train.images), ("test", test.images)):
+        low, high = int(images.min()), int(images.max())
+        if high < 128 or low == high:
+            yield f"warning: the {half} images' pixels range from {low} to {high}; the nets are made for 0 to 255"
     if train.labels.min() == train.labels.max():
         yield f"warning: all train labels are {int(train.labels[0])}"
     unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))

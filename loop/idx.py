@@ -120,8 +120,9 @@ def _packed(path: Path) -> bool:
 
 
 def read_plain_or_gz(path: Path) -> bytes:
-    """Return a file's bytes, decompressed if its name ends in .gz. Raises one of UNREADABLE."""
-    return gzip.decompress(path.read_bytes()) if _packed(path) else path.read_bytes()
+    """Return a file's bytes, decompressed where they are gzip's, whatever its name. Raises one of UNREADABLE."""
+    content = path.read_bytes()  # a browser may have unpacked it and kept its name, or have dropped the .gz
+    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
 
 
 def read_idx(path: Path, dims: int) -> tuple[tuple[int, ...], bytes]:
@@ -133,7 +134,7 @@ def read_idx(path: Path, dims: int) -> tuple[tuple[int, ...], bytes]:
     try:
         content = read_plain_or_gz(path)
     except UNREADABLE as error:
-        remedy = ": fetch it again, or unpack it with gunzip and remove the .gz" if _packed(path) else ""
+        remedy = "" if isinstance(error, OSError) and error.errno else ": fetch it again"
         raise InputError(f"{path}: cannot be read: {error}{remedy}") from None
     header = 4 + 4 * dims
     if len(content) < header or content[:2] != bytes(2) or content[2] not in TYPES:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -214,6 +215,16 @@ def test_what_the_environment_tells_wandb_is_refused_too(
         Config().validate()
     if variable == "WANDB_MODE":
         Config(wandb="disabled").validate()
+
+
+@pytest.mark.parametrize("mode", ["offline", "auto"])
+def test_a_variable_that_wandb_refuses_does_not_switch_it_off(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "")
+    assert wandb_tracker.choose_mode(Config(wandb="offline")).name == "offline", "empty is unset"
+    monkeypatch.setenv("WANDB_TAGS", "a," + "b" * 65)
+    with pytest.raises(InputError, match=r"^W&B refuses a WANDB_ variable: .* run_tags .* is 65 characters"):
+        wandb_tracker.choose_mode(Config(wandb=mode))
+    assert wandb_tracker.choose_mode(Config(wandb="disabled")).name == "disabled"
 
 
 def test_an_empty_tag_is_refused() -> None:

@@ -149,8 +149,16 @@ def test_a_torn_gz_is_named_with_a_remedy(tmp_path: Path) -> None:
     torn = gzip.compress(GOOD["train-images-idx3-ubyte"])[:-5]
     folder = folder_with(tmp_path, train_images=None)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(torn)
-    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: cannot be read: .*: fetch it again, or unpack"):
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: cannot be read: .*: fetch it again$"):
         read_set(folder)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_is_unpacked_by_its_content_whatever_its_name(tmp_path: Path, suffix: str) -> None:
+    """A browser may unpack a file and keep its name, or drop the .gz of one that it keeps packed."""
+    for name, content in GOOD.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(content if suffix else gzip.compress(content))
+    assert read_set(tmp_path)[0].labels == b"\x00\x09\x05"
 
 
 @pytest.mark.parametrize(("largest", "classes"), [(1, 10), (9, 10), (26, 27), (46, 47)])
@@ -167,10 +175,13 @@ def test_the_nets_have_an_output_for_every_label_of_both_halves(
 
 def test_what_is_hard_to_learn_is_said_once(tmp_path: Path) -> None:
     pixels = bytes(range(16)) * (3 * 49)
-    changes = {"train_images": idx(3, 28, 28, content=pixels), "train_labels": idx(3, content=bytes([4, 4, 4]))}
+    white = idx(2, 28, 28, content=b"\xff" * 2 * 784)
+    labels = idx(3, content=bytes([4, 4, 4]))
+    changes = {"train_images": idx(3, 28, 28, content=pixels), "t10k_images": white, "train_labels": labels}
     train, _ = load(Config(dataset=str(folder_with(tmp_path, **changes))))
     assert train.remarks[1:] == (
         "warning: the train images' pixels range from 0 to 15; the nets are made for 0 to 255",
+        "warning: the test images' pixels range from 255 to 255; the nets are made for 0 to 255",
         "warning: all train labels are 4",
         "warning: only the test set has the class(es) 1, 2",
     )

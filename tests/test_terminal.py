@@ -30,7 +30,10 @@ def in_shell(command: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "output",
-    ["2>&1 | head -1", *(pytest.param(o, marks=pytest.mark.slow) for o in ("> /dev/full", "| head -7", ">&-"))],  # 7 s
+    [
+        "2>&1 | head -1",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("> /dev/full", "| head -7", ">&- 2>&-")),  # 7 s each
+    ],
 )
 def test_a_closed_or_full_stdout_never_harms_a_training(tmp_path: Path, output: str) -> None:
     done = in_shell(f"{PYTHON} train.py {TINY} --out {tmp_path} {output}")

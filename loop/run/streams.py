@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -22,7 +24,9 @@ def forgive_streams() -> None:
     """Make prints safe: neither a closed stream, nor a full disk, nor an encoding ends the program."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+        if stream is None:  # closed before the program began, and not to be taken by a file that it opens
+            setattr(sys, name, Path(os.devnull).open("w"))
+        elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             file: Any = _Forgiving(descriptor, "w", closefd=False)
             wrapped = io.TextIOWrapper(
                 io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=stream.line_buffering

@@ -41,22 +41,34 @@ def choose_mode(config: Config) -> Mode:
     """Decide as --wandb says; for `auto` as WANDB_MODE says; else online where a key is good and the server answers.
 
     Asks the server for REQUEST_S seconds at most, and not at all without a key. Raises InputError where --wandb online
-    cannot be had.
+    cannot be had, or W&B refuses one of its variables.
     """
     told = wandb_mode()
-    os.environ.pop("WANDB_MODE", None)  # W&B takes no empty one, and none in upper case
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # which W&B takes for a value
     if told:
-        os.environ["WANDB_MODE"] = told
+        os.environ["WANDB_MODE"] = told  # W&B takes none in upper case
     asked = (told or "auto") if config.wandb == "auto" else config.wandb
     source = "WANDB_MODE" if config.wandb == "auto" else "--wandb"
     if asked == "disabled":
         return Mode("disabled", source)
+    _refuse_what_wandb_would()
     if asked in ("offline", "dryrun"):
         return Mode("offline", f"{source} {asked}")
     reason = _why_not_online()
     if reason and config.wandb == "online":
         raise InputError(f"--wandb online is not available: {reason}")
     return Mode("offline", reason) if reason else Mode("online", "logged in")
+
+
+def _refuse_what_wandb_would() -> None:
+    """Raise InputError for a WANDB_ variable for which W&B would switch itself off when the run has begun."""
+    import wandb
+
+    try:
+        wandb.Settings().update_from_env_vars(dict(os.environ))
+    except ValueError as error:
+        raise InputError(f"W&B refuses a WANDB_ variable: {in_one_line(error)}") from None
 
 
 @functools.cache  # a sweep asks once
