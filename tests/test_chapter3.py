@@ -154,9 +154,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[
     notebook = read()
     first = code_cells(notebook)[0]
     first.source = first.source.replace('REPOSITORY = ""', f"REPOSITORY = {origin.as_uri()!r}")
-    notebook.cells.append({**first, "id": "answers", "source": ANSWERS})
+    notebook.cells.append(type(first)(first, id="answers", source=ANSWERS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
+        patch.delenv("PYTHONPATH", raising=False)
         run(notebook, folder)
     assert (folder / "chapter3-data-parallel" / "loop").is_dir()
     yield notebook, torch.load(folder / "kept.pt")
@@ -199,8 +200,8 @@ def test_opened_in_a_checkout_it_takes_the_project_from_there(tmp_path: Path, mo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = read()
     first = code_cells(notebook)[0]
-    again = {**first, "id": "again"}  # a cell may be run twice
-    shown = {**first, "id": "shown", "source": "print(PROJECT)"}
+    again = type(first)(first, id="again")  # a cell may be run twice
+    shown = type(first)(first, id="shown", source="print(PROJECT)")
     notebook.cells = [first, again, shown]
     run(notebook, NOTEBOOK.parent)
     assert printed(notebook.cells[-1]).strip() == str(Path.cwd())
