@@ -184,7 +184,8 @@ def test_its_weights_are_those_computed_by_hand(alone: tuple[Any, dict[str, Any]
     assert off(kept["two_wrong"], 385, mean_of_two_means) < ROUNDING
     assert off(kept["two_wrong"], 385, mean) > 0.01
     assert off(kept["empty_right"], 384, mean) < ROUNDING
-    assert kept["empty_wrong"][-1].isnan().all(), "the mean of no losses"
+    # The mean of no losses is NaN, but its gradient is a sum over nothing: 0. DDP halves rank 0's.
+    assert off(kept["empty_wrong"], 384, lambda n: mean(n) * (1 if n == 256 else 0.5)) < ROUNDING
     assert off(kept["four"], 385, mean) < ROUNDING
 
 
