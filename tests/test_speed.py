@@ -14,35 +14,15 @@ from typing import Any
 import pytest
 import torch
 import tyro
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from loop.config import parse
-from loop.run.checkpoints import Checkpoints
-from loop.updater import CellUpdater
 from scripts.bench import __main__ as bench
+from scripts.watch import Watch, steps_watched
 from tests.ranks import World
 
-WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default}
 AS_AT_FIRST = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # glibc's, before it adapts to what has been freed
 TINY = ["--examples", "600", "--rounds", "2", "--slow-rounds", "1", "--workers", "0"]
-
-
-class Watch(TorchDispatchMode):
-    """Raises, while armed, for what would have the host wait for the device: on a GPU really, on a CPU as if."""
-
-    armed, seen = False, 0
-
-    def arm(self, armed: bool) -> None:
-        self.armed = armed
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error" if armed else "default")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += self.armed
-        if self.armed:
-            assert func not in WAITING, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_watch_sees_a_number_read() -> None:
@@ -58,38 +38,11 @@ def test_the_watch_sees_a_number_read() -> None:
     [[], ["--updater", "scratch"], ["--clip-norm", "1", "--accumulate", "2"], ["--momentum", "0.9"]],
     ids=" ".join,
 )
-def test_no_step_between_log_steps_waits_for_the_device(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch, begin, after_cell = Watch(), CellUpdater.begin, Checkpoints.after_cell
-
-    def watched_begin(updater: CellUpdater, X: Any, y: Any, cell: Any) -> None:
-        begin(updater, X, y, cell)
-        watch.arm(not updater.config.logs(updater.progress.step + 1))
-
-    def watched_after_cell(last_observer: Checkpoints, *cell: Any) -> None:
-        after_cell(last_observer, *cell)
-        progress = last_observer.progress
-        watch.arm(progress.epoch_steps < len(last_observer.run.shards.steps))  # while the next batch is made, too
-
-    monkeypatch.setattr(CellUpdater, "begin", watched_begin)
-    monkeypatch.setattr(Checkpoints, "after_cell", watched_after_cell)
-    short = [
-        "--train-examples",
-        "700",
-        "--batch-size",
-        "64",
-        "--epochs",
-        "2",
-        "--log-every",
-        "4",
-        "--wandb",
-        "disabled",
-    ]
-    with watch:
-        assert train.train(parse([*short, "--out", str(tmp_path), *flags])) == 0
+def test_no_step_between_log_steps_waits_for_the_device(flags: list[str], tmp_path: Path) -> None:
+    short = ["--train-examples", "700", "--batch-size", "64", "--epochs", "2", "--log-every", "4"]
+    with steps_watched() as watch:
+        assert train.train(parse([*short, "--wandb", "disabled", "--out", str(tmp_path), *flags])) == 0
     assert watch.seen > 200
-    watch.arm(False)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

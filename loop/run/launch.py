@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loop.config import Config, InputError
 
@@ -87,7 +87,7 @@ def launched_local_rank() -> int:
     return _from_environment(LOCAL_RANK, 0)
 
 
-def count_gpus(config: Config) -> int:
+def count_gpus(config: Config, *, share_gpus: bool = False) -> int:
     """Return how many GPUs this machine's ranks may use; raises InputError where the flags or the ranks need more."""
     import torch
 
@@ -95,13 +95,15 @@ def count_gpus(config: Config) -> int:
     if config.mixed_precision == "fp16" and not gpus:
         raise InputError("--mixed-precision fp16 needs a GPU, and there is none: use bf16")
     ranks = _from_environment(LOCAL_WORLD_SIZE, launched_local_rank() + 1)
-    if 0 < gpus < ranks:
+    if 0 < gpus < ranks and not share_gpus:
         raise InputError(f"{ranks} ranks on a machine of {gpus} GPU(s): start {gpus}, or train with --cpu")
     return gpus
 
 
-def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
+def join_ranks(config: Config, trackers: list[GeneralTracker], *, share_gpus: bool = False) -> Accelerator:
     """Join the ranks and return their Accelerator.
+
+    share_gpus: let several ranks use the same GPU, which NCCL refuses: over gloo, which also serves CUDA tensors.
 
     Raises InputError where the launcher asks for more than plain data parallelism, where its processes would each train
     alone or cannot be joined, and as `count_gpus`.
@@ -118,20 +120,22 @@ def join_ranks(config: Config, trackers: list[GeneralTracker]) -> Accelerator:
             "`accelerate launch` seems to have been asked for several processes and started one, as it does with --cpu "
             f"and in MULTI_CPU configurations: {HOW_TO_LAUNCH}. (If one is what you want: unset MASTER_PORT.)"
         )
+    # Longer than the watchdog's: NCCL answers its own by SIGABRT.
+    group: dict[str, Any] = {"timeout": timedelta(seconds=config.ddp_timeout + max(config.ddp_timeout, 30))}
+    gpus = count_gpus(config, share_gpus=share_gpus)
+    if share_gpus and gpus and launched_world_size() > 1:
+        group["backend"] = "gloo"
+        # Accelerate hands it to DDP and to each barrier as the GPU's index
+        os.environ["LOCAL_RANK"] = str(launched_local_rank() % gpus)
     try:
         accelerator = Accelerator(
-            cpu=count_gpus(config) == 0,
+            cpu=gpus == 0,
             mixed_precision=config.mixed_precision,
             # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override the plain number
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
             log_with=trackers or None,
-            # Longer than the watchdog's: NCCL answers its own by SIGABRT.
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout + max(config.ddp_timeout, 30)))
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
         )
-    except InputError:
-        raise
     except Exception as error:  # of many kinds: what a configuration asks for may not be installed, or not fit
         reason = first_line(error)
         if is_from_backend(error):

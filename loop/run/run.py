@@ -60,6 +60,7 @@ class AuditFailed(RunEnded):
 class Run:
     """What keeps one training, between `with` and its end; another run may follow on the same ranks.
 
+    share_gpus: as for `join_ranks`.
     device, rank, world_size, is_main: of this process. progress: where the run stands. exit_code: of the process.
     After `open`: size, of the set; shards, the plan of an epoch; folder, its path; resume_from, the checkpoint to go on
     from, or None.
@@ -71,8 +72,8 @@ class Run:
     folder: Path
     resume_from: Path | None
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, share_gpus: bool = False) -> None:
+        self.config, self.share_gpus = config, share_gpus
         self.exit_code, self.stopping, self.failed = 1, False, False
         self.saved_in_epoch_s = self.saved_between_epochs_s = 0.0
 
@@ -94,7 +95,7 @@ class Run:
 
         keep_freed_memory()
         self.trackers = make_tracker(self.config) if launched_rank() == 0 else []
-        self.accelerator = join_ranks(self.config, self.trackers)
+        self.accelerator = join_ranks(self.config, self.trackers, share_gpus=self.share_gpus)
         self.device: torch.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
