@@ -66,7 +66,7 @@ def _refuse_what_wandb_would() -> None:
     import wandb
 
     try:
-        wandb.Settings().update_from_env_vars(os.environ)
+        wandb.Settings().update_from_env_vars(dict(os.environ))
     except ValueError as error:
         reason = in_one_line(error).partition(" [type=")[0]  # pydantic adds the input, and a link
         raise InputError(f"W&B refuses a WANDB_ variable: {reason}") from None
