@@ -56,16 +56,6 @@ Target = Literal["mean", "sum"]
 Reduction = Literal["mean", "sum", "none"]
 
 
-def _entries(loss: Any, output: Tensor, y: Tensor) -> int:
-    """Return how many losses there are, one for each entry."""
-    return math.prod(torch.broadcast_shapes(output.shape, y.shape))
-
-
-def _examples(loss: Any, output: Tensor, y: Tensor) -> int:
-    """Return how many losses there are, one for each example. output: (B, C), or (C,) for one example."""
-    return len(output) if output.dim() > 1 else 1
-
-
 def _classes(loss: Any, output: Tensor, y: Tensor) -> Tensor | int:
     """Return the summed class weights of the labels that are not ignored; of class probabilities, their number."""
     if y.is_floating_point():
@@ -75,19 +65,21 @@ def _classes(loss: Any, output: Tensor, y: Tensor) -> Tensor | int:
     return weights.sum(dtype=widest(y.device))
 
 
-def _divergence(loss: nn.KLDivLoss, output: Tensor, y: Tensor) -> int:
-    """Return how many rows there are under "batchmean"; how many entries under "mean"."""
-    return (_examples if loss.reduction == "batchmean" else _entries)(loss, output, y)
+def _examples(loss: Any, output: Tensor, y: Tensor) -> int:
+    """Return how many losses there are, one for each example. output: (B, C), or (C,) for one example."""
+    return len(output) if output.dim() > 1 else 1
+
+
+def _entries(loss: Any, output: Tensor, y: Tensor) -> int:
+    """Return how many losses there are, one for each entry."""
+    return math.prod(torch.broadcast_shapes(output.shape, y.shape))
 
 
 # What the mean of a loss is taken over, by its exact type: a subclass may compute something else.
 COUNTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor | int]] = {
-    nn.CrossEntropyLoss: _classes,
-    nn.NLLLoss: _classes,
-    nn.KLDivLoss: _divergence,
-    nn.MultiMarginLoss: _examples,
-    nn.MultiLabelMarginLoss: _examples,
-    nn.MultiLabelSoftMarginLoss: _examples,
+    nn.KLDivLoss: lambda loss, *of: (_examples if loss.reduction == "batchmean" else _entries)(loss, *of),
+    **dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss), _classes),
+    **dict.fromkeys((nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss), _examples),
     **dict.fromkeys((nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss), _entries),
     **dict.fromkeys((nn.BCELoss, nn.BCEWithLogitsLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss), _entries),
 }
@@ -171,11 +163,8 @@ class Audit:
         if self.total is None:
             self.total = torch.zeros_like(_flat(self.params))
             self.n = torch.zeros((), dtype=widest(self.total.device), device=self.total.device)
-        if not self.fault and len(_tensors(inputs)[0]):
-            self._add(inputs, y, n)
-
-    def _add(self, inputs: Any, y: Any, n: float | Tensor | None) -> None:
-        assert self.total is not None
+        if self.fault or not len(_tensors(inputs)[0]):
+            return
         random_before, buffers_before = _random_state(self.total.device), _buffer_versions(self.module)
         output = _call(self.module, inputs)
         losses = self.loss(output, y)

@@ -109,19 +109,6 @@ def sgd(params: Iterable[Tensor], lr: float, batch_size: int) -> None:
             param.grad.zero_()
 
 
-class Updater(Protocol):
-    """The three verbs of a step. `cell` comes with data-parallel batches only."""
-
-    def begin(self, X: Tensor, y: Tensor, *cell: Any) -> None:
-        """Prepare for the forward pass: zero the gradient where a step begins."""
-
-    def backward(self, l: Tensor) -> None:
-        """Back-propagate the loss, a scalar or one loss per example."""
-
-    def step(self, X: Tensor) -> None:
-        """Update the parameters, where a step ends. X: the batch just back-propagated."""
-
-
 class Observer(Protocol):
     """What follows a training: the loop calls it with all that it knows."""
 
@@ -182,7 +169,7 @@ def train_epoch_ch3(
     mean with an optimiser and a sum with an updater function. The loss per example is d2l 0.16's, which multiplies a
     mean by `len(y)`; d2l 0.17.6 does not, and reports a mean loss too small by the batch size.
 
-    updater: a torch optimiser, a function of the batch size, or an `Updater`.
+    updater: a torch optimiser, a function of the batch size, or what has the verbs of a `BookUpdater`.
     metric: the sums of loss, correct predictions and examples to go on from, in an epoch that was begun before.
     """
     if isinstance(net, nn.Module):

@@ -31,9 +31,9 @@ def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
     """Return what the configuration's mode does to a step of these sizes."""
     n, weights = sum(sizes), applied_weights(config, sizes, world_size)
     applied = [weight * n for weight, size in zip(weights, sizes, strict=True) if size]
-    lr = effective_lr(config, sizes, world_size)
+    length = _length(weights, sizes)
     drifts = len(set(divisors(config, sizes, world_size))) > 1
-    return Effect(min(applied), max(applied), lr / config.learning_rate, lr, drifts)
+    return Effect(min(applied), max(applied), length, config.learning_rate * length, drifts)
 
 
 def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[int]) -> list[float]:
@@ -47,7 +47,7 @@ def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[
     return [float(scale) / cells for scale in scales]
 
 
-def sgd_batch_size(reduction: Reduction, normalize: Normalize, *, n_last: int, n_global: int) -> int:
+def sgd_divisor(reduction: Reduction, normalize: Normalize, *, n_last: int, n_global: int) -> int:
     """Return what the book's `sgd(params, lr, batch_size)` is to divide by; 0 means: make no update.
 
     After a mean loss nothing is left to divide by. After a sum, `global` divides by n on every rank: the exact mean;
@@ -63,7 +63,7 @@ def divisors(config: Config, sizes: Sequence[int], world_size: int) -> list[int]
     if config.updater == "torch":
         return [1] * world_size
     n, last = sum(sizes), sizes[-world_size:]
-    return [sgd_batch_size(config.reduction, config.normalize, n_last=n_last, n_global=n) for n_last in last]
+    return [sgd_divisor(config.reduction, config.normalize, n_last=n_last, n_global=n) for n_last in last]
 
 
 def applied_weights(config: Config, sizes: Sequence[int], world_size: int) -> list[float]:
@@ -87,5 +87,8 @@ def effective_lr(config: Config, sizes: Sequence[int], world_size: int) -> float
 
     Meaningful where `steps_by_lr` holds. Where the scratch updater's ranks differ, it is rank 0's.
     """
-    weights = applied_weights(config, sizes, world_size)
-    return config.learning_rate * sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+    return config.learning_rate * _length(applied_weights(config, sizes, world_size), sizes)
+
+
+def _length(weights: Sequence[float], sizes: Sequence[int]) -> float:
+    return sum(weight * size for weight, size in zip(weights, sizes, strict=True))

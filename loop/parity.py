@@ -40,8 +40,11 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate as running_sum
+from itertools import chain, pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
@@ -77,7 +80,7 @@ class HangError(TimeoutError):
     """Ranks did not end in time. The text says which, and where each of them waits."""
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks"]):
     """Fresh processes on this machine, on CPUs and gloo, with the variables that torchrun sets.
 
     with Ranks(3) as ranks:
@@ -95,27 +98,29 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        variables = {
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(world_size)),
+            **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "TORCHELASTIC_RUN_ID": "parity"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            **{"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        }
         self.usable = True
         self.folder = tempfile.TemporaryDirectory()
+        self.printed = [Path(self.folder.name, str(rank)) for rank in range(world_size)]
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
-        for rank in range(world_size):
-            variables = {
-                **{"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0},
-                **{"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "parity"},
-                **{"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
-            }
-            ours, theirs = context.Pipe()
-            told = {name: str(value) for name, value in variables.items()}
-            self.processes.append(context.Process(target=_serve, args=(theirs, self._log(rank), told), daemon=True))
-            with _without_main():
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # a rank would import it before `_serve` sets the variables
+        try:
+            for rank, printed in enumerate(self.printed):
+                ours, theirs = context.Pipe()
+                environ = variables | dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank))
+                self.processes.append(context.Process(target=_serve, args=(theirs, printed, environ), daemon=True))
                 self.processes[-1].start()
-            theirs.close()
-            self.pipes.append(ours)
-
-    def __enter__(self) -> Ranks:
-        return self
+                theirs.close()
+                self.pipes.append(ours)
+        finally:
+            sys.modules["__main__"] = main
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -128,31 +133,28 @@ class Ranks:
         for pipe in self.pipes:
             with suppress(OSError):  # a rank that has ended is found below
                 pipe.send((function, args, timeout))
-        answers: dict[int, Any] = {}
+        answers: list[Any] = [None] * len(self.pipes)
         errors: list[str] = []
+        silent: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         deadline = time.monotonic() + timeout + 1  # a second for each to write where it waits
-        while len(answers) < len(self.pipes):
-            silent: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
-            ready = wait(list(silent), max(0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for rank in map(silent.__getitem__, ready):
+        while silent and (ready := wait(list(silent), max(0, deadline - time.monotonic()))):
+            for rank in map(silent.pop, ready):
                 try:
                     answers[rank], error = self.pipes[rank].recv()
                 except (EOFError, OSError):
-                    self.processes[rank].join()
-                    answers[rank] = None
-                    error = f"{self._said(rank).strip()}\nended with exit code {self.processes[rank].exitcode}"
                     self.usable = False
+                    self.processes[rank].join()
+                    error = f"{self._words(rank)}\nended with exit code {self.processes[rank].exitcode}"
                 if error:
                     errors.append(f"rank {rank} of {len(self.pipes)}: {error.strip()}")
                     deadline = min(deadline, time.monotonic() + 1)  # the others may wait for this one for ever
-        self.usable = self.usable and len(answers) == len(self.pipes)
+        self.usable = self.usable and not silent
         if errors:
             raise RankError(errors[0])
-        if not self.usable:
-            raise HangError("\n".join(self._where(rank, timeout) for rank in silent.values()))
-        return [answers[rank] for rank in range(len(self.pipes))]
+        if silent:
+            waits = (f"rank {r} has not ended after {timeout:g} s; it is in {self._where(r)}" for r in silent.values())
+            raise HangError("\n".join(waits))
+        return answers
 
     def close(self) -> None:
         """Kill the ranks, and what they have started."""
@@ -163,41 +165,27 @@ class Ranks:
             process.join()
         self.folder.cleanup()
 
-    def _log(self, rank: int) -> str:
-        return f"{self.folder.name}/{rank}"
+    def _words(self, rank: int) -> str:
+        printed = self.printed[rank]
+        return printed.read_text(errors="replace").strip() if printed.exists() else ""
 
-    def _said(self, rank: int) -> str:
-        log = Path(self._log(rank))
-        return log.read_text(errors="replace") if log.exists() else ""
-
-    def _where(self, rank: int, timeout: float) -> str:
-        stacks = self._said(rank).rpartition("most recent call first")[2].splitlines()
+    def _where(self, rank: int) -> str:
+        stacks = self._words(rank).rpartition("most recent call first")[2].splitlines()
         frames = [line.strip() for line in stacks if line.lstrip().startswith("File") and __file__ not in line]
-        own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame]
-        return f"rank {rank} has not ended after {timeout:g} s; it is in {(own or frames or ['its start'])[0]}"
+        own = (frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame)
+        return next(own, frames[0] if frames else "its start")
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep a new process from importing the main module, which would come before `_serve` sets the variables."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _serve(pipe: Connection, log: str, environ: Mapping[str, str]) -> None:
+def _serve(pipe: Connection, printed: Path, environ: Mapping[str, str]) -> None:
     """Be a rank: call what is asked for, and answer (result, None) or (None, traceback), until killed."""
     if hasattr(os, "setsid"):
         os.setsid()  # a group of its own, which is killed with all that the rank has started
     os.environ.update(environ)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # may have DataLoader's workers
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(1)
     with suppress(EOFError):
         while True:
             function, args, timeout = pipe.recv()
@@ -206,36 +194,32 @@ def _serve(pipe: Connection, log: str, environ: Mapping[str, str]) -> None:
             try:
                 answer = function(*args), None
             except BaseException as error:
-                answer = None, _traceback(error)
+                where = error.__traceback__  # from the first frame on that is not this file's
+                while where and where.tb_next and where.tb_frame.f_code.co_filename == __file__:
+                    where = where.tb_next
+                answer = None, "".join(traceback.format_exception(type(error), error, where))
             faulthandler.cancel_dump_traceback_later()
             pipe.send(answer)
 
 
-def _traceback(error: BaseException) -> str:
-    """Return the traceback from the first frame that is not this file's."""
-    where = error.__traceback__
-    while where and where.tb_next and where.tb_frame.f_code.co_filename == __file__:
-        where = where.tb_next
-    return "".join(traceback.format_exception(type(error), error, where))
-
-
 # ---- On a rank: train, and note what happens ----
+
+What = tuple[str, int]  # what is compared, and in which step
 
 
 @dataclass
 class Trained:
     """What a rank notes of a training.
 
-    weights, gradients: (P,) before each of the first steps, of all that the optimizer holds, float64. steps: how many.
-    shown: a hash of each example that the net was called with, by step. state: what was returned, float64.
-    eps: of the coarsest number format in use. random: what makes the forward random, or depend on the batch.
+    noted: in order, "the weights" and "the gradient" (P,) before each of the first steps, of all that the optimizer
+    holds, and at FIRST "the last weights", which were returned: float64. steps: how many. shown: a hash of each example
+    that the net was called with, by step. eps: of the coarsest number format in use. random: what makes the forward
+    random, or depend on the batch.
     """
 
-    weights: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
+    noted: dict[What, Tensor] = field(default_factory=dict)
     steps: int = 0
     shown: list[list[int]] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict)
     eps: float = 0.0
     random: set[str] = field(default_factory=set)
 
@@ -243,15 +227,16 @@ class Trained:
 class _Notes:
     """Global hooks that fill a `Trained`; nudge: the eps by which weights are changed at the first forward, seeded."""
 
-    def __init__(self, nudge: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, nudge: float, seed: int) -> None:
         self.trained, self.nudge = Trained(), nudge
         self.generator = torch.Generator().manual_seed(seed)
         self.root: nn.Module | None = None  # the first that is called and has parameters
         self.called: set[nn.Module] = set()  # with whole parameters
         self.seen: set[nn.Parameter] = set()
+        self.params: list[Tensor] = []  # of the optimizer that steps
         self.depth = 0  # of optimizers that step within others
         self.shown: list[int] = []
-        self.unclipped: dict[int, Tensor] = {}  # by parameter
+        self.unclipped: dict[Tensor, Tensor] = {}  # by parameter
         nn.modules.module.register_module_forward_pre_hook(self._before_forward)
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
@@ -261,104 +246,93 @@ class _Notes:
             setattr(nn.utils.clip_grad, name, clipping)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        trained = self.trained
+        if (isinstance(module, _DropoutNd) and module.p) or isinstance(module, _BatchNorm):
+            trained.random.add(type(module).__name__)
+        if torch.is_autocast_enabled("cpu"):
+            trained.eps = max(trained.eps, torch.finfo(torch.get_autocast_dtype("cpu")).eps)
         if module not in self.called:
             params = list(module.parameters())
+            new = [param for param in params if param not in self.seen and not is_lazy(param)]
+            self.seen.update(new)
+            for param in new if self.nudge else ():
+                self._perturb(param.to_local() if hasattr(param, "to_local") else param)
             if not any(map(is_lazy, params)):
                 self.called.add(module)
-            self._at_first(module, [param for param in params if param not in self.seen and not is_lazy(param)])
         if self.root is None and self.seen:
             self.root = module
-        if torch.is_autocast_enabled("cpu"):
-            self.trained.eps = max(self.trained.eps, torch.finfo(torch.get_autocast_dtype("cpu")).eps)
         if module is self.root and module.training and torch.is_grad_enabled():
             self.shown += _hashes(next((arg for arg in args if isinstance(arg, Tensor) and arg.dim()), None))
 
-    def _at_first(self, module: nn.Module, new: Sequence[nn.Parameter]) -> None:
-        for part in module.modules():
-            if (isinstance(part, _DropoutNd) and part.p) or isinstance(part, _BatchNorm):
-                self.trained.random.add(type(part).__name__)
-        self.seen.update(new)
-        for param in new:
-            if self.nudge and param.is_floating_point():
-                local: Tensor = param.to_local() if hasattr(param, "to_local") else param
-                with torch.no_grad():
-                    noise = torch.rand(local.shape, generator=self.generator, dtype=torch.float64) - 0.5
-                    local.copy_(local.double() * (1 + 2 * self.nudge * noise))
+    def _perturb(self, param: Tensor) -> None:
+        if param.is_floating_point():
+            noise = torch.rand(param.shape, generator=self.generator, dtype=torch.float64) - 0.5
+            with torch.no_grad():
+                param.copy_(param.double() * (1 + 2 * self.nudge * noise))
 
     def _noting(self, clip: Callable[..., Any]) -> Callable[..., Any]:
         def noting(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
             parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
             for param in parameters:
                 if param.grad is not None:
-                    self.unclipped.setdefault(id(param), _whole(param.grad))
+                    self.unclipped.setdefault(param, _whole(param.grad))
             return clip(parameters, *args, **kwargs)
 
         return noting
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.depth += 1
         if self.depth > 1:
-            return None
-        trained, params = self.trained, [param for group in optimizer.param_groups for param in group["params"]]
-        trained.eps = max([trained.eps, *(torch.finfo(param.dtype).eps for param in params)])
-        trained.steps += 1
-        if trained.steps > FIRST:
-            self._end_step()
-            return None
-        trained.weights.append(_flat(map(_whole, params)))
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._note(params)
-            return None
-
-        def noting() -> Any:
-            result = closure()
-            if len(trained.gradients) < len(trained.weights):  # an optimizer may call it several times a step
-                self._note(params)
-            return result
-
-        return (args[0], noting, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+            return
+        trained, self.params = self.trained, [param for group in optimizer.param_groups for param in group["params"]]
+        trained.eps = max([trained.eps, *(torch.finfo(param.dtype).eps for param in self.params)])
+        if trained.steps < FIRST:
+            trained.noted["the weights", trained.steps] = _flat(map(_whole, self.params))
+        if not (args[1:] or kwargs):  # what a closure computes is there after the step
+            self._note()
 
     def _after_step(self, *_: object) -> None:
         self.depth -= 1
+        if not self.depth:
+            if len(self.trained.shown) == self.trained.steps:
+                self._note()
+            self.trained.steps += 1
 
-    def _note(self, params: Sequence[Tensor]) -> None:
-        def gradient(param: Tensor) -> Tensor:
-            if id(param) in self.unclipped:
-                return self.unclipped[id(param)]
-            return torch.zeros_like(_whole(param)) if param.grad is None else _whole(param.grad)
-
-        self.trained.gradients.append(_flat(map(gradient, params)))
-        self._end_step()
-
-    def _end_step(self) -> None:
+    def _note(self) -> None:
+        if self.trained.steps < FIRST:
+            grads = (self.unclipped.get(param, param.grad) for param in self.params)
+            noted = (
+                torch.zeros_like(_whole(param)) if grad is None else _whole(grad)
+                for param, grad in zip(self.params, grads, strict=True)
+            )
+            self.trained.noted["the gradient", self.trained.steps] = _flat(noted)
         self.trained.shown.append(self.shown)
         self.shown, self.unclipped = [], {}
 
 
-def _train(target: _Target, dealt: list[Steps] | None, nudge: float, seed: int) -> bytes:
+def _train(target: str, dealt: list[Steps] | None, nudge: float = 0.0, seed: int = 0) -> bytes:
     """Train on this rank; return what was noted, saved: nothing stays in memory that ranks share."""
     notes = _Notes(nudge, seed)  # before the training's own imports
-    function = target.function()
+    function, trained = _import(target), notes.trained
     result = function() if dealt is None else function(dealt[int(os.environ["RANK"])])
     state = result.state_dict() if isinstance(result, nn.Module) else result
     if not isinstance(state, Mapping):
         raise TypeError(f"{target} must return its net or a state_dict, not {type(result).__name__}")
-    for name, value in _tensors(state):
-        notes.trained.eps = max(notes.trained.eps, torch.finfo(value.dtype).eps)
-        notes.trained.state[name.removeprefix("module.")] = _whole(value).double()
+    if last := list(_floats(state)):  # with FSDP, rank 0 alone may have a full one
+        trained.eps = max([trained.eps, *(torch.finfo(value.dtype).eps for value in last)])
+        trained.noted["the last weights", FIRST] = _flat(map(_whole, last))
     buffer = io.BytesIO()
-    torch.save(vars(notes.trained), buffer)
+    torch.save(vars(trained), buffer)
     return buffer.getvalue()
 
 
-def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors of a state_dict, of those in it too, by name."""
-    for name, value in state.items():
+def _floats(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the floating-point tensors of a state_dict, of those in it too."""
+    for value in state.values():
         if isinstance(value, Mapping):
-            yield from _tensors(value)
+            yield from _floats(value)
         elif isinstance(value, Tensor) and value.is_floating_point():
-            yield name, value
+            yield value
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -381,106 +355,83 @@ def _hashes(inputs: Tensor | None) -> list[int]:
     return list((data * factors).sum(1).tolist())
 
 
+def _import(target: str) -> Any:
+    """Return what a module:name stands for, or a program.py:name, which is the file of a program that was started."""
+    module, _, name = target.rpartition(":")
+    if not (module and name):
+        raise ValueError(f"{target}: not of the form module:name")
+    if module.endswith(".py"):
+        found: Any = ModuleType("__parity_main__")
+        sys.modules[found.__name__], found.__file__ = found, module
+        exec(compile(Path(module).read_text(encoding="utf-8"), module, "exec"), vars(found))
+    else:
+        found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _target(function: Callable[..., Any]) -> str:
+    """Return the name by which `_import` finds a function in a fresh process."""
+    name, module = getattr(function, "__qualname__", "<"), getattr(function, "__module__", "")
+    if module == "__main__":
+        main: Any = sys.modules["__main__"]
+        module = main.__spec__.name if main.__spec__ else str(Path(getattr(main, "__file__", "")).absolute())
+        if main.__spec__ is None and not module.endswith(".py"):
+            name = "<"  # a notebook's, or of standard input
+    if "<" in name or hasattr(function, "__self__"):
+        raise ValueError(f"{function!r} cannot be imported by name, and parity trains in fresh processes: "
+                         "define the training at the top level of a module")  # fmt: skip
+    return f"{module}:{name}"
+
+
 # ---- How a step is dealt ----
 
 
-class _Target(NamedTuple):
-    """A function by its module's name, or the file of a program that was started: fresh processes import it."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}:{self.name}"
-
-    def function(self) -> Any:
-        if self.module.endswith(".py"):
-            found: Any = ModuleType("__parity_main__")
-            sys.modules[found.__name__], found.__file__ = found, self.module
-            exec(compile(Path(self.module).read_text(encoding="utf-8"), self.module, "exec"), vars(found))
-        else:
-            found = importlib.import_module(self.module)
-        for part in self.name.split("."):
-            found = getattr(found, part)
-        return found
-
-    @classmethod
-    def named(cls, text: str) -> _Target:
-        module, colon, name = text.partition(":")
-        if not (module and colon and name):
-            raise ValueError(f"{text}: not of the form module:name")
-        return cls(module, name)
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> _Target:
-        name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
-        if module == "__main__":
-            main: Any = sys.modules["__main__"]
-            module = main.__spec__.name if main.__spec__ else str(Path(getattr(main, "__file__", "")).absolute())
-            if main.__spec__ is None and not module.endswith(".py"):
-                name = ""  # a notebook's, or of standard input
-        if not name or "<" in name or hasattr(function, "__self__"):
-            raise ValueError(
-                f"{function!r} cannot be imported by name, and parity trains in fresh processes: "
-                "define the training at the top level of a module"
-            )
-        return cls(module, name)
-
-
 class Step(NamedTuple):
-    """How the examples of a step are dealt. case: in words. x, y: all of them. sizes: examples in each cell.
+    """How the examples of a step are dealt. case: in words. x, y: all of them.
 
-    Cell k W + r is micro-batch k of rank r.
+    Cell k W + r is micro-batch k of rank r. sizes: examples in each cell; counts: of its labels, those not masked.
     """
 
     case: str
     x: Tensor
     y: Tensor
     sizes: list[int]
+    counts: list[int]
 
     def cells(self) -> list[Batch]:
         """Return each cell's examples."""
         return list(zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True))
 
-    def counts(self, masked: float | None) -> list[int]:
-        """Return how many losses count in each cell: its labels that are not masked."""
-        return [y.numel() if masked is None else int((y != masked).sum()) for _, y in self.cells()]
-
 
 def deal(data: Batch, batch_size: int, masked: float | None, world_size: int) -> list[Step]:
     """Return steps of `batch_size` examples, dealt to W ranks x 2 micro-batches; the same examples for every W."""
-    cells = world_size * MICRO_BATCHES
-    rising = [1 + share for share in _shares(batch_size - cells, range(1, cells + 1))]
-    idle = world_size - 1 if world_size > 1 else None  # the rank, or in one process the micro-batch, without examples
-    some = [0 if (cell % world_size == idle or (idle is None and cell)) else 1 for cell in range(cells)]
-    cases = {
-        "uneven shares": rising,
-        "a rank without an example" if idle else "an empty micro-batch": _shares(batch_size, some),
-        "even shares": _shares(batch_size, [1] * cells),
-    }
-    if masked is not None:
-        cases["a micro-batch masked altogether"] = rising
-    x, y = data
+    cells, quarter = world_size * MICRO_BATCHES, batch_size // 4
+    if world_size > 1:
+        idle, some = "a rank without an example", [int(cell % world_size < world_size - 1) for cell in range(cells)]
+    else:
+        idle, some = "an empty micro-batch", [int(cell == 0) for cell in range(cells)]
+    cases = [  # in words, how many examples are masked, the sizes of the cells
+        ("uneven shares", 0, [1 + share for share in _shares(batch_size - cells, range(1, cells + 1))]),
+        (idle, 0, _shares(batch_size, some)),
+        ("even shares", 0, _shares(batch_size, [1] * cells)),
+        ("a micro-batch masked altogether", quarter, [quarter, *_shares(batch_size - quarter, [1] * (cells - 1))]),
+    ]
     steps = []
-    for number, (case, sizes) in enumerate(cases.items()):
-        rows = torch.arange(number * batch_size, (number + 1) * batch_size) % len(x)
-        labels = y[rows].clone()
-        if "masked" in case:
-            labels[: batch_size // 4].fill_(masked or 0)
-        steps.append(Step(case, x[rows], labels, sizes))
-    if masked is not None:  # the first cell is the masked examples alone, whatever W is
-        rest = _shares(batch_size - batch_size // 4, [1] * (cells - 1))
-        steps[-1] = steps[-1]._replace(sizes=[batch_size // 4, *rest])
+    for number, (case, hidden, sizes) in enumerate(cases[:3] if masked is None else cases):
+        chosen = torch.arange(number * batch_size, (number + 1) * batch_size) % len(data[0])
+        x, y = data[0][chosen], data[1][chosen]
+        y[:hidden] = masked or 0
+        counts = [share.numel() if masked is None else int((share != masked).sum()) for share in y.split(sizes)]
+        steps.append(Step(case, x, y, sizes, counts))
     return steps
 
 
 def _shares(n: int, weights: Sequence[int]) -> list[int]:
-    """Split n in proportion to the weights; what is left goes to the last ones that have a weight."""
-    shares = [n * weight // sum(weights) for weight in weights]
-    taking = [i for i, weight in enumerate(weights) if weight]
-    for place in range(n - sum(shares)):
-        shares[taking[-1 - place % len(taking)]] += 1
-    return shares
+    """Split n in proportion to the weights."""
+    ends = [n * weight // sum(weights) for weight in running_sum(weights, initial=0)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 # ---- What is compared ----
@@ -497,12 +448,12 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
-    def fault(self, world_size: int, line: str, causes: Sequence[Cause] = ()) -> None:
+    def fault(self, world_size: int, line: str, causes: Sequence[Cause] = ()) -> Report:
         """Add a difference, and what explains it."""
         self.same = False
-        self.lines.append(line)
         self.causes[world_size] = [cause.name for cause in causes]
-        self.lines += [f"    {cause.name}. {cause.remedy}" for cause in causes]
+        self.lines += [line, *(f"    {cause.name}. {cause.remedy}" for cause in causes)]
+        return self
 
 
 def assert_parity(train: Callable[..., Any], **how: Any) -> None:
@@ -535,181 +486,96 @@ def parity(
             f"data of {len(data[0])} examples and {len(data[1])} labels, batch_size {batch_size}: as many labels as "
             f"examples are needed, and a batch_size from {least} to their number"
         )
-    return _Comparison(_Target.of(train), data, batch_size, masked, timeout).report(world_sizes)
+    run = partial(_run, _target(train), timeout)
+    dealt = {W: deal(data, batch_size or 0, masked, W) if data is not None else [] for W in {1, *world_sizes}}
+    whole = [[(step.x, step.y)] for step in dealt[1]]
+    report = Report()
+    try:
+        (one,), again = run(1, [whole]), run(1, [whole])
+        nudged = [run(1, [whole], one.eps, seed)[0] for seed in range(REPEATS)]
+    except (RankError, HangError) as error:
+        return report.fault(1, _failure(1, error))
+    if any(_off_by(again, one).values()):
+        return report.fault(1, "two trainings of one process differ from each other: seed them")
+    if whole and one.steps % len(whole):
+        return report.fault(1, f"one process took {one.steps} steps for {len(whole)} that it was dealt: "
+                               "take K from len(micro_batches), and step once for each item of batches")  # fmt: skip
+    allowed = {what: MARGIN * max(one.eps, off) for what, off in _off_by(nudged, one).items()}
+    coarsest = max((limit for (what, _), limit in allowed.items() if what == "the gradient"), default=0.0)
+    if coarsest > COARSE:
+        report.lines.append(f"rounding allows {coarsest:.1g} here, which hides small faults: "
+                            "compare in float32 or float64")  # fmt: skip
+    for world_size in world_sizes:
+        if world_size > 1 or whole:
+            try:
+                _compare(report, world_size, one, allowed, dealt[world_size], run)
+            except (RankError, HangError) as error:
+                report.fault(world_size, _failure(world_size, error))
+    if one.random and not report.same:
+        report.lines.append(f"    {', '.join(sorted(one.random))} makes what an example gives depend on its batch or "
+                            "on chance: compare without")  # fmt: skip
+    if whole and masked is None:
+        report.lines.append("no micro-batch was masked altogether: give masked= where labels can be")
+    if not whole and any(report.causes.values()):
+        report.lines.append("train(batches) would tell more causes apart than train() does")
+    return report
 
 
-class _Comparison:
-    def __init__(
-        self, target: _Target, data: Batch | None, batch_size: int | None, masked: float | None, timeout: float
-    ) -> None:
-        self.target, self.masked, self.timeout = target, masked, timeout
-        self.data, self.batch_size = data, batch_size or 0
-        self.found = Report()
+Run = Callable[..., list[Trained]]  # _run's, but for its first two arguments
 
-    def steps(self, world_size: int) -> list[Step]:
-        """Return how the steps are dealt; none where the training deals out its own data."""
-        return deal(self.data, self.batch_size, self.masked, world_size) if self.data is not None else []
 
-    def train(self, world_size: int, steps: list[Steps] | None, nudge: float = 0.0, seed: int = 0) -> list[Trained]:
-        """Train in fresh processes; return what each rank noted. steps: for each rank."""
-        with Ranks(world_size) as ranks:
-            saved = ranks.run(_train, self.target, steps, nudge, seed, timeout=self.timeout)
-        return [Trained(**torch.load(io.BytesIO(each), weights_only=True)) for each in saved]
+def _run(target: str, timeout: float, world_size: int, dealt: list[Steps], *nudge: float) -> list[Trained]:
+    """Train in fresh processes; return what each rank noted. dealt: for each rank; no steps: it deals out its own."""
+    with Ranks(world_size) as ranks:
+        saved = ranks.run(_train, target, dealt if any(dealt) else None, *nudge, timeout=timeout)
+    return [Trained(**torch.load(io.BytesIO(each), weights_only=True)) for each in saved]
 
-    def report(self, world_sizes: Sequence[int]) -> Report:
-        """Train, compare, and say what was found."""
-        report = self.found
-        whole = [[[(step.x, step.y)] for step in self.steps(1)]] if self.data is not None else None
-        try:
-            self.one = self.train(1, whole)[0]
-            again = self.train(1, whole)[0]
-            nudged = [self.train(1, whole, self.one.eps, seed)[0] for seed in range(REPEATS)]
-        except (RankError, HangError) as error:
-            report.fault(1, _failure(1, error))
-            return report
-        if _difference(again, self.one, None):
-            report.fault(1, "two trainings of one process differ from each other: seed them")
-            return report
-        if whole and self.one.steps % len(whole[0]):
-            report.fault(1, f"one process took {self.one.steps} steps for {len(whole[0])} that it was dealt: "
-                            "take K from len(micro_batches), and step once for each item of batches")  # fmt: skip
-            return report
-        self.allowed = _Allowed(self.one, nudged)
-        if self.allowed.coarsest > COARSE:
-            coarse = f"rounding allows {self.allowed.coarsest:.1g} here, which hides small faults"
-            report.lines.append(f"{coarse}: compare in float32 or float64")
-        for world_size in world_sizes:
-            if world_size > 1 or whole:
-                self.compare(world_size)
-        if self.one.random and not report.same:
-            report.lines.append(f"    {', '.join(sorted(self.one.random))} makes what an example gives depend on its "
-                                "batch or on chance: compare without")  # fmt: skip
-        if whole and self.masked is None:
-            report.lines.append("no micro-batch was masked altogether: give masked= where labels can be")
-        if not whole and any(report.causes.values()):
-            report.lines.append("train(batches) would tell more causes apart than train() does")
-        return report
 
-    def compare(self, world_size: int) -> None:
-        """Train on W ranks and add to the report what came of it."""
-        report, steps = self.found, self.steps(world_size)
-        dealt = [[step.cells()[rank::world_size] for step in steps] for rank in range(world_size)]
-        try:
-            ranks = self.train(world_size, dealt if steps else None)
-        except (RankError, HangError) as error:
-            report.fault(world_size, _failure(world_size, error))
-            return
-        differences = [found for rank in ranks if (found := _difference(rank, self.one, self.allowed))]
-        if not differences:
-            report.lines.append(f"W = {world_size}: as one process, to rounding ({self.allowed.note(ranks, self.one)})")
-            if _all_see_all(ranks, self.one):
-                report.lines.append("    but every rank is shown all examples: that is W times the work")
-            return
-        found = min(differences, key=lambda difference: (difference.step, difference.what == "the gradient"))
-        what, number, off, allowed = found
-        where = f" of step {number + 1}" if what in ("the weights", "the gradient") else ""
-        case = f" ({steps[self.place(number, steps)].case})" if steps and what == "the gradient" else ""
-        line = f"W = {world_size}: {what}{where}{case}: off by {off:.1g}; rounding allows {allowed:.1g}"
-        try:
-            causes = self.causes(found, ranks, steps, world_size)
-        except (RankError, HangError):  # of a cell that was trained alone
-            causes = [UNKNOWN]
-        report.fault(world_size, line, causes)
-
-    def causes(self, found: Difference, ranks: list[Trained], steps: list[Step], world_size: int) -> list[Cause]:
-        """Return what explains the first difference."""
-        what, number, _, allowed = found
-        shown = _by_examples(ranks, self.one)
-        if shown and not steps:
-            return shown
-        if what == "the weights" and number == 0:
-            apart = any(_off(rank.weights[0], ranks[0].weights[0]) for rank in ranks)
-            return [STARTS_APART if apart else STARTS]
-        if what == "the gradient":
-            applied = [rank.gradients[number] for rank in ranks]
-            cells, counts = None, None
-            if steps:
-                counts = steps[self.place(number, steps)].counts(self.masked)
-                cells = self.alone(steps, number, counts)
-            accumulate = MICRO_BATCHES if steps else 1
-            found_causes = diagnose(applied, self.one.gradients[number], allowed=allowed, accumulate=accumulate,
-                                    cells=cells, counts=counts)  # fmt: skip
-            return shown if shown and found_causes == [UNKNOWN] else found_causes
-        if what == "the weights":
-            return _of_update(ranks, self.one, number, allowed)
-        if what == "the number of steps":
-            return [GREW if _grew(ranks, self.one) else OTHER_STEPS]
-        return [LATER if self.one.gradients else ONLY_LAST]
-
-    def alone(self, steps: list[Step], number: int, counts: Sequence[int]) -> list[Tensor]:
-        """Return the gradient of each cell of a step by itself, in one process, after the steps before it."""
-        whole, place, gradients = [[(step.x, step.y)] for step in steps], self.place(number, steps), []
-        for cell, count in zip(steps[place].cells(), counts, strict=True):
-            gradient = torch.zeros_like(self.one.gradients[number])
-            if count:  # the steps after it stay: a schedule may depend on how many there are
-                gradient = self.train(1, [[*whole[:place], [cell], *whole[place + 1 :]]])[0].gradients[number]
-            gradients.append(gradient)
-        return gradients
-
-    def place(self, number: int, steps: list[Step]) -> int:
-        """Return which of the steps that were dealt a noted one was; several optimizers may each take one in it."""
-        return number * len(steps) // self.one.steps
+def _compare(report: Report, world_size: int, one: Trained, allowed: Mapping[What, float], steps: list[Step],
+             run: Run) -> None:  # fmt: skip
+    """Train on W ranks and add to the report what came of it. steps: as they are dealt."""
+    ranks = run(world_size, [[step.cells()[rank::world_size] for step in steps] for rank in range(world_size)])
+    off = _off_by(ranks, one)
+    first = next((what for what in off if off[what] > allowed[what]), None)
+    if first is None:
+        worst = max(off, key=lambda what: off[what])
+        line = f"off by {off[worst]:.1g} at most; rounding allows {allowed[worst]:.1g}"
+        report.lines.append(f"W = {world_size}: as one process, to rounding ({line})")
+        if _by_examples(ranks, one) == [ALL_SEE_ALL]:
+            report.lines.append("    but every rank is shown all examples: that is W times the work")
+        return
+    what, number = first
+    line = f"W = {world_size}: {what}"
+    line += f" of step {number + 1}" if what in ("the weights", "the gradient") else ""
+    place = number * len(steps) // max(one.steps, 1)  # several optimizers may each take a step in one that was dealt
+    line += f" ({steps[place].case})" if steps and what == "the gradient" else ""
+    line += f": off by {off[first]:.1g}; rounding allows {allowed[first]:.1g}"
+    try:
+        causes = _causes(first, ranks, one, allowed[first], steps, place, run)
+    except (RankError, HangError):  # of a cell that was trained alone
+        causes = [UNKNOWN]
+    report.fault(world_size, line, causes)
 
 
 def _failure(world_size: int, error: Exception) -> str:
-    text = f"W = {world_size}: {error}"
-    if isinstance(error, RankError) and any(word in str(error).splitlines()[-1] for word in NO_GPU):
-        text += "\n    Parity runs on CPUs: ask torch.cuda.is_available() for the device, and take gloo without one"
-    if isinstance(error, RankError) and "reshape tensor of 0 elements" in str(error):
-        text += "\n    The net cannot take an empty batch: there show it one example whose labels are all masked"
+    lines = [f"W = {world_size}: {error}"]
+    last = str(error).splitlines()[-1]
     if isinstance(error, HangError):
-        text += "\n    Every rank must take as many steps and micro-batches as every other"
-        text += "\n    A training that takes longer needs a longer timeout"
-    return text
+        lines.append("Every rank must take as many steps and micro-batches as every other")
+        lines.append("A training that takes longer needs a longer timeout")
+    elif any(word in last for word in NO_GPU):
+        lines.append("Parity runs on CPUs: ask torch.cuda.is_available() for the device, and take gloo without one")
+    elif "reshape tensor of 0 elements" in last:
+        lines.append("The net cannot take an empty batch: there show it one example whose labels are all masked")
+    return "\n    ".join(lines)
 
 
-class Difference(NamedTuple):
-    """The first thing that differs: what, in which step, by how much of its length, and what rounding allows."""
-
-    what: str
-    step: int
-    off: float
-    allowed: float
-
-
-class _Allowed:
-    """What rounding allows, from trainings whose weights were changed in the last bit."""
-
-    def __init__(self, one: Trained, nudged: Sequence[Trained]) -> None:
-        self.floor = MARGIN * one.eps
-        self.seen: dict[tuple[str, int], float] = {}
-        for other in nudged:
-            for what, step, a, b in _pairs(other, one):
-                self.seen[what, step] = max(self.seen.get((what, step), 0.0), _off(a, b))
-
-    @property
-    def coarsest(self) -> float:
-        """The largest that it allows a gradient."""
-        return max((self(*seen) for seen in self.seen if seen[0] == "the gradient"), default=self.floor)
-
-    def __call__(self, what: str, step: int) -> float:
-        return max(self.floor, MARGIN * self.seen.get((what, step), 0.0))
-
-    def note(self, ranks: Sequence[Trained], one: Trained) -> str:
-        """Say how far off the worst was, and what was allowed there."""
-        off, what, step = max((_off(a, b), what, step) for rank in ranks for what, step, a, b in _pairs(rank, one))
-        return f"off by {off:.1g} at most; rounding allows {self(what, step):.1g}"
-
-
-def _pairs(trained: Trained, one: Trained) -> Iterable[tuple[str, int, Tensor, Tensor]]:
-    """Yield what is compared, in the order in which it came about."""
-    for step, (w, w1, g, g1) in enumerate(
-        zip(trained.weights, one.weights, trained.gradients, one.gradients, strict=False)
-    ):
-        yield "the weights", step, w, w1
-        yield "the gradient", step, g, g1
-    if trained.state and one.state:  # with FSDP, rank 0 alone may have a full one
-        yield "the last weights", FIRST, _flat(trained.state.values()), _flat(one.state.values())
+def _off_by(ranks: Sequence[Trained], one: Trained) -> dict[What, float]:
+    """Return how far off the worst rank is, in the order in which things came about."""
+    off: dict[What, float] = {("the number of steps", 0): max(abs(rank.steps - one.steps) for rank in ranks)}
+    for what, noted in one.noted.items():
+        off[what] = max((_off(rank.noted[what], noted) for rank in ranks if what in rank.noted), default=0.0)
+    return off
 
 
 def _off(a: Tensor, b: Tensor) -> float:
@@ -718,17 +584,6 @@ def _off(a: Tensor, b: Tensor) -> float:
         return float("inf")
     off = float((a - b).norm() / b.norm()) if b.norm() else float(a.norm() > 0)
     return off if off == off else float("inf")
-
-
-def _difference(trained: Trained, one: Trained, allowed: _Allowed | None) -> Difference | None:
-    """Return the first difference beyond what is allowed; without `allowed`, the first at all."""
-    if trained.steps != one.steps:
-        return Difference("the number of steps", 0, abs(trained.steps - one.steps), 0.0)
-    for what, step, a, b in _pairs(trained, one):
-        limit = allowed(what, step) if allowed else 0.0
-        if _off(a, b) > limit:
-            return Difference(what, step, _off(a, b), limit)
-    return None
 
 
 # ---- Why ----
@@ -757,9 +612,7 @@ STARTS_APART = Cause("the ranks begin with different weights", "Seed before the 
 UNSYNCHRONISED = Cause("the ranks were never synchronised", "Call the net that DDP returned, not net.module")
 DIVERGED = Cause("the replicas diverged", "Every rank must apply the same gradient, divided by the same number")
 UPDATE_W = Cause("the gradients agree, and the update is {} times one process's", "The learning rate depends on W")
-UPDATE = Cause(
-    "the gradients agree, the updates do not", "Look at clipping, the rate's schedule, what a step divides by"
-)
+UPDATE = Cause("the gradients agree, the updates do not", "Look at clipping, the rate, what a step divides by")
 LATER = Cause("the first steps agree", "Look at later steps, at buffers (BatchNorm's), at what comes after training")
 ONLY_LAST = Cause("no optimizer of torch's took a step", "So only the last weights are compared, and no cause is known")
 UNKNOWN = Cause("no known cause fits", "Compare what each rank back-propagates, cell by cell")
@@ -795,15 +648,14 @@ def diagnose(
     Without them only factors are found, and gradients that differ between ranks, which are taken for unsynchronised.
     """
     world_size = len(applied)
-    if any(_off(other, applied[0]) > allowed for other in applied[1:]):
-        return [UNSYNCHRONISED if cells is None or _own_only(applied, cells, allowed) else DIVERGED]
+    if _apart(applied, allowed):
+        own = max(_fit(cells[rank::world_size], mine)[1] for rank, mine in enumerate(applied)) if cells else 0.0
+        return [UNSYNCHRONISED if own <= max(allowed, 1e-9) else DIVERGED]
     allowed = max(allowed, 1e-9)
-    factors = _factor(applied[0], whole, allowed, known_factors(world_size, accumulate))
-    fitting = [FACTORS[name] for name in factors]
-    if cells is not None and counts is not None:
-        fitting += [
-            cause for cause, vector in _predicted(cells, counts, world_size) if _off(applied[0], vector) <= allowed
-        ]
+    fitting = [FACTORS[name] for name in _factors(applied[0], whole, allowed, world_size, accumulate)]
+    if cells and counts:
+        predicted = _predicted(cells, counts, world_size)
+        fitting += [cause for cause, vector in predicted if _off(applied[0], vector) <= allowed]
         fitting = fitting or _weights_of_cells(applied[0], cells, counts, allowed)
     return list(dict.fromkeys(fitting)) or [UNKNOWN]
 
@@ -817,18 +669,16 @@ def known_factors(world_size: float, accumulate: float) -> dict[str, float]:
     return {name: factor for name, factor in factors.items() if factor != 1}
 
 
-def _factor(a: Tensor, b: Tensor, allowed: float, factors: Mapping[str, float]) -> list[str]:
-    """Return the names of the factors f for which a is f b."""
-    return [name for name, factor in factors.items() if _off(a, factor * b) <= allowed]
+def _factors(a: Tensor, b: Tensor, allowed: float, *sizes: int) -> list[str]:
+    return [name for name, factor in known_factors(*sizes).items() if _off(a, factor * b) <= allowed]
 
 
 def _predicted(cells: Sequence[Tensor], counts: Sequence[int], world_size: int) -> Iterable[tuple[Cause, Tensor]]:
     """Yield each cause that unequal cells tell apart, with the gradient that it gives."""
     g = torch.stack(list(cells)).view(-1, world_size, cells[0].numel())  # (K, W, P): each cell's own mean
     n = torch.tensor(counts, dtype=g.dtype).view(-1, world_size, 1)
-    micro_batches = len(g)
     yield MEANS, g.mean((0, 1))
-    if world_size > 1 and micro_batches > 1:
+    if world_size > 1 and len(g) > 1:
         yield RANK_MEANS, ((n * g).sum(0) / n.sum(0).clamp(min=1)).mean(0)
         yield MICRO_MEANS, ((n * g).sum(1) / n.sum(1).clamp(min=1)).mean(0)
     yield LAST, g[-1].mean(0)
@@ -845,12 +695,6 @@ def _weights_of_cells(applied: Tensor, cells: Sequence[Tensor], counts: Sequence
     return [WEIGHTS.of(", ".join(weights))]
 
 
-def _own_only(applied: Sequence[Tensor], cells: Sequence[Tensor], allowed: float) -> bool:
-    """Whether each rank's gradient is made of that rank's own cells."""
-    own = (_fit(cells[rank :: len(applied)], gradient)[1] for rank, gradient in enumerate(applied))
-    return max(own) <= max(allowed, 1e-9)
-
-
 def _fit(vectors: Sequence[Tensor], target: Tensor) -> tuple[Tensor, float]:
     """Return the coefficients with which the vectors come closest to the target, and how far off that is."""
     columns = torch.stack(list(vectors), 1)
@@ -858,35 +702,48 @@ def _fit(vectors: Sequence[Tensor], target: Tensor) -> tuple[Tensor, float]:
     return fitted, _off(columns @ fitted, target)
 
 
+def _causes(first: What, ranks: Sequence[Trained], one: Trained, allowed: float, steps: list[Step],
+            place: int, run: Run) -> list[Cause]:  # fmt: skip
+    """Return what explains the first difference. place: which of the steps that were dealt it is in, if they were."""
+    what, number = first
+    shown = _by_examples(ranks, one)
+    if shown and not steps:
+        return shown
+    if what == "the number of steps":
+        return [GREW if _grew(ranks, one) else OTHER_STEPS]
+    if what == "the last weights":
+        return [LATER if one.steps else ONLY_LAST]
+    vectors, whole = [rank.noted[first] for rank in ranks], one.noted[first]
+    if what == "the weights":
+        return _of_update(ranks, one, number, allowed) if number else [STARTS_APART if _apart(vectors, 0.0) else STARTS]
+    if not steps:
+        return diagnose(vectors, whole, allowed=allowed)
+    batches, cells = [[(step.x, step.y)] for step in steps], []
+    for cell, count in zip(steps[place].cells(), steps[place].counts, strict=True):
+        batches[place] = [cell]  # the steps after it stay: a schedule may depend on how many there are
+        cells.append(run(1, [batches])[0].noted[first] if count else torch.zeros_like(whole))
+    causes = diagnose(vectors, whole, allowed=allowed, accumulate=MICRO_BATCHES, cells=cells,
+                      counts=steps[place].counts)  # fmt: skip
+    return shown if shown and causes == [UNKNOWN] else causes
+
+
+def _apart(vectors: Sequence[Tensor], allowed: float) -> bool:
+    return any(_off(vector, vectors[0]) > allowed for vector in vectors)
+
+
 def _by_examples(ranks: Sequence[Trained], one: Trained) -> list[Cause]:
     """Return what is wrong with the examples that the ranks were shown, if anything, and if they could be seen."""
-    whole = _examples(one)
-    total = sum(map(_examples, ranks), Counter[int]())
+    whole, *shares = (Counter(chain.from_iterable(trained.shown)) for trained in (one, *ranks))
+    total = sum(shares, Counter[int]())
     if not whole or not total:
         return []
-    if _all_see_all(ranks, one):
+    if len(ranks) > 1 and all(share == whole for share in shares):
         return [ALL_SEE_ALL]
-    causes = [GREW] if _grew(ranks, one) else []
-    causes += [TWICE] if total - whole else []
-    causes += [MISSING] if whole - total else []
-    if not causes:
-        steps = [Counter(e for rank in ranks for e in rank.shown[i]) for i in range(min(len(r.shown) for r in ranks))]
-        if steps != [Counter(step) for step in one.shown[: len(steps)]]:
-            causes.append(ORDER)
-    return causes
-
-
-def _of_update(ranks: Sequence[Trained], one: Trained, number: int, allowed: float) -> list[Cause]:
-    """Return why the weights before a step differ, where the gradients of the steps before agree."""
-    size = len(one.weights[number])  # several optimizers take turns: the one whose turn it is has this many
-    before = max((i for i in range(number) if len(one.weights[i]) == size), default=number)
-    if before == number or any(len(rank.weights[i]) != size for rank in ranks for i in (before, number)):
-        return [UPDATE]
-    whole, *moved = (each.weights[number] - each.weights[before] for each in (one, *ranks))
-    if any(_off(other, moved[0]) > allowed for other in moved):
-        return [DIVERGED]
-    factors = _factor(moved[0], whole, 1e-3, known_factors(len(ranks), 1))
-    return [UPDATE_W.of(name) for name in factors] or [UPDATE]
+    found = {GREW: _grew(ranks, one), TWICE: total - whole, MISSING: whole - total}
+    causes = [cause for cause, it_is in found.items() if it_is]
+    steps = [Counter(chain.from_iterable(step)) for step in zip(*(rank.shown for rank in ranks), strict=False)]
+    in_order = steps == [Counter(step) for step in one.shown[: len(steps)]]
+    return causes or ([] if in_order else [ORDER])
 
 
 def _grew(ranks: Sequence[Trained], one: Trained) -> bool:
@@ -894,12 +751,17 @@ def _grew(ranks: Sequence[Trained], one: Trained) -> bool:
     return ranks[0].steps < one.steps and (ranks[0].steps - 1) * len(ranks) < one.steps
 
 
-def _all_see_all(ranks: Sequence[Trained], one: Trained) -> bool:
-    return len(ranks) > 1 and any(one.shown) and all(_examples(rank) == _examples(one) for rank in ranks)
-
-
-def _examples(trained: Trained) -> Counter[int]:
-    return Counter(example for step in trained.shown for example in step)
+def _of_update(ranks: Sequence[Trained], one: Trained, number: int, allowed: float) -> list[Cause]:
+    """Return why the weights before a step differ, where the gradients of the steps before agree."""
+    noted = [[each.noted["the weights", i] for i in range(number + 1)] for each in (one, *ranks)]
+    size = len(noted[0][number])  # several optimizers take turns: the one whose turn it is has this many
+    before = max((i for i in range(number) if len(noted[0][i]) == size), default=number)
+    if before == number or any(len(weights[i]) != size for weights in noted for i in (before, number)):
+        return [UPDATE]
+    whole, *moved = (weights[number] - weights[before] for weights in noted)
+    if _apart(moved, allowed):
+        return [DIVERGED]
+    return [UPDATE_W.of(name) for name in _factors(moved[0], whole, 1e-3, len(ranks), 1)] or [UPDATE]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -911,19 +773,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--masked", type=float)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one training")
-    flags = parser.parse_args(argv)
+    flags = vars(parser.parse_args(argv))
     sys.path.insert(0, "")
     try:
-        data = flags.data and _Target.named(flags.data).function()
-        train = _Target.named(flags.train).function()
-        report = parity(
-            train,
-            data=data() if callable(data) else data,
-            batch_size=flags.batch_size,
-            masked=flags.masked,
-            world_sizes=flags.world_sizes,
-            timeout=flags.timeout,
-        )
+        data = flags["data"] and _import(flags["data"])
+        flags["data"] = data() if callable(data) else data
+        report = parity(_import(flags.pop("train")), **flags)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         print(f"parity: error: {error}", file=sys.stderr)
         return 2

@@ -81,8 +81,8 @@ class Progress:
     def restore(self, saved: dict[str, Any], rank: int, world_size: int) -> None:
         """Return to a saved position.
 
-        saved: the position, and "sums", a row for each share: one a rank, or one a virtual rank. If the number of ranks
-        has changed, each row still goes to one of them.
+        saved: the position, and "sums", those of each share: a rank's, or a virtual rank's. If the number of ranks has
+        changed, each share's still go to one of them.
         """
         vars(self).update({name: saved[name] for name in self.position()})
         self.sums.reset()

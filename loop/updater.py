@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loop.audit import Audit
 from loop.book import Loss, sgd
 from loop.config import Config
-from loop.effect import sgd_batch_size, target_reduction
+from loop.effect import sgd_divisor, target_reduction
 from loop.progress import Progress
 from loop.reduction import cell_backward, cell_loss
 from loop.shards import Cell
@@ -21,7 +21,7 @@ from loop.virtual_ranks import VirtualRanks
 
 
 class CellUpdater:
-    """Turns each cell's losses into its part of the gradient, and takes the step after the last (an `Updater`).
+    """Turns each cell's losses into its part of the gradient, and takes the step after the last.
 
     net: as `accelerator.prepare` returned it. optimizer: None for the scratch updater.
     grad_norm: of the gradient of the last `--log-every` step, before clipping and dividing. audit: see `Audited`.
@@ -57,10 +57,10 @@ class CellUpdater:
         mode: Any = {"reduction": config.reduction, "normalize": config.normalize, "n_global": n_global}
         if isinstance(self.optimizer, AcceleratedOptimizer):  # its backward divides by K, and scales fp16's loss
             self.accelerator.backward(cell_loss(l, averaged_over=cells, **mode))
-        elif config.normalize == "rank" and config.accumulate > 1:  # and divides by K here, as Accelerate would
-            cell_backward(l / config.accumulate, averaged_over=cells, **mode)
-        else:
-            cell_backward(l, averaged_over=cells // config.accumulate, **mode)
+            return
+        if config.normalize == "rank" and config.accumulate > 1:  # here we divide by K, as Accelerate would
+            l = l / config.accumulate
+        cell_backward(l, averaged_over=cells // config.accumulate, **mode)
 
     def step(self, X: Tensor) -> None:
         """Take the optimiser's step after the step's last cell."""
@@ -80,7 +80,7 @@ class CellUpdater:
         if self.optimizer:
             return 1
         n_global = self.cell.step.n_global
-        return sgd_batch_size(self.config.reduction, self.config.normalize, n_last=n_last, n_global=n_global)
+        return sgd_divisor(self.config.reduction, self.config.normalize, n_last=n_last, n_global=n_global)
 
     def apply(self, divisor: int) -> None:
         """Clip the gradient and update the parameters."""

@@ -104,10 +104,12 @@ def tree_sum(parts: list[Tensor], group: dist.ProcessGroup | None = None) -> Ten
 
 def gather(parts: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Return all ranks' parts in the order of their numbers. Every rank must call, with as many parts."""
-    rows = [[torch.empty_like(part) for _ in range(world_size(group))] for part in parts]
-    for row, part in zip(rows, parts, strict=True):
-        dist.all_gather(row, part, group=group)
-    return [part for row in rows for part in row]
+    gathered = []
+    for part in parts:
+        of_ranks = [torch.empty_like(part) for _ in range(world_size(group))]
+        dist.all_gather(of_ranks, part, group=group)
+        gathered += of_ranks
+    return gathered
 
 
 def prime_factors(n: int) -> list[int]:

@@ -116,8 +116,8 @@ def tree(world_size: int, size: float, alpha: float, beta: float) -> float:
 
 def fit(world_size: int, reduces: dict[int, float]) -> tuple[float, float]:
     """Return the ring's (alpha, beta) that come closest, by least squares of the relative errors."""
-    rows = [[ring(world_size, s, 1 / took, math.inf), ring(world_size, s, 0, took)] for s, took in reduces.items()]
-    alpha, per_byte = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)[0]
+    parts = [[ring(world_size, s, 1 / took, math.inf), ring(world_size, s, 0, took)] for s, took in reduces.items()]
+    alpha, per_byte = np.linalg.lstsq(np.array(parts), np.ones(len(parts)), rcond=None)[0]
     return float(alpha), 1 / float(per_byte)
 
 

@@ -106,12 +106,22 @@ SCALES: dict[str, Callable[..., Any]] = {
     "means": lambda s, cell, rank, micro, step, W, K: s / cell / K,
     "rank means": lambda s, cell, rank, micro, step, W, K: s / rank,
     "micro means": lambda s, cell, rank, micro, step, W, K: s * W / micro / K,
-    "first rank": lambda s, cell, rank, micro, step, W, K: s * W / step * (2 if dist_rank() == 0 and W > 1 else 1),
+    "first rank": lambda s, cell, rank, micro, step, W, K: s * W / step * (2 if W > 1 and dist.get_rank() == 0 else 1),
 }
 
 
-def dist_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def ranks() -> int:
+    """W."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def joined(net: nn.Module, **how: Any) -> nn.Module:
+    """Join the other ranks, if there are any, and return the net under DDP."""
+    if ranks() == 1:
+        return net
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return DistributedDataParallel(net, **how)
 
 
 def summed(count: float) -> Tensor:
@@ -136,7 +146,7 @@ def in_steps(
     ddp: dict[str, Any] | None = None,
 ) -> Any:
     """Train on the steps that are dealt."""
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = ranks()
     torch.manual_seed(0)
     module = NETS[net]().to(dtype)
     made = OPTIMIZERS[optimizer]([p for p in module.parameters() if p.requires_grad])
@@ -146,9 +156,8 @@ def in_steps(
         accelerator = Accelerator()
         model, made = accelerator.prepare(module, made)
         backward = accelerator.backward
-    elif world_size > 1:
-        dist.init_process_group("gloo")
-        model = DistributedDataParallel(module, **(ddp or {}))
+    else:
+        model = joined(module, **(ddp or {}))
     if fault == "rate":
         made.param_groups[0]["lr"] *= world_size
     for micro_batches in batches:
@@ -196,31 +205,24 @@ def in_steps(
 
 def whole(fault: str = "") -> nn.Module:
     """Train on data of its own, dealt by a loader, with batch means: right where all shares are equal."""
-    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if world_size > 1:
-        dist.init_process_group("gloo")
+    world_size, rank, batch_size = ranks(), int(os.environ["RANK"]), 12
     torch.manual_seed(rank if fault == "starts apart" else world_size if fault == "starts" else 0)
     module = NETS["mlp"]().to(torch.float64)
     x, y = data()
-    n = {"twice": 79, "missing": 60}.get(
-        fault, 60
-    )  # 60: equal shares of 20 for 1, 2 and 3 ranks with 12, 6 and 4 in one
-    batch_size = {"missing": 12}.get(fault, 12)
+    n = 79 if fault == "twice" else 60  # 60: equal shares of 20 for 1, 2 and 3 ranks with 12, 6 and 4 in one
     examples = TensorDataset(x[:n], y[:n])
-    share = batch_size if fault in ("grew", "all see all", "each in its own order") else batch_size // world_size
+    all_of_them = fault in ("all see all", "each in its own order")
     seed = world_size if fault == "order" else rank if fault == "each in its own order" else 0
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    if share == batch_size and fault != "grew":
-        mine = order
-    elif fault == "twice" and world_size > 1:
-        mine = [order[i] for i in DistributedSampler(examples, shuffle=False)]
+    mine = order if all_of_them else order[rank::world_size]
+    if fault == "twice" and world_size > 1:
+        mine = [order[i] for i in DistributedSampler(examples, world_size, rank, shuffle=False)]
     elif fault == "missing" and world_size > 1:
         mine = order[rank : n - batch_size : world_size]
-    else:
-        mine = order[rank::world_size]
-    model: nn.Module = module
-    if world_size > 1 and fault != "starts apart":
-        model = DistributedDataParallel(module)
+    share = batch_size if all_of_them or fault == "grew" else batch_size // world_size
+    if fault == "starts apart" and world_size > 1:  # DDP would broadcast rank 0's weights
+        dist.init_process_group("gloo")
+    model = module if fault == "starts apart" else joined(module)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for X, Y in DataLoader(examples, share, sampler=mine):
         optimizer.zero_grad()
@@ -235,13 +237,9 @@ def whole(fault: str = "") -> nn.Module:
 
 def hangs() -> nn.Module:
     """Rank 1 does not come to the all-reduce."""
-    world_size = int(os.environ["WORLD_SIZE"])
-    module: nn.Module = nn.Linear(2, 2)
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        module = DistributedDataParallel(module)
-        while dist.get_rank() == 1:
-            time.sleep(1)
+    module = joined(nn.Linear(2, 2))
+    while ranks() > 1 and dist.get_rank() == 1:
+        time.sleep(1)
     module(torch.ones(1, 2)).sum().backward()
     return module
 
@@ -276,18 +274,14 @@ def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: l
     step = summed(sum(len(x) for x, _ in micro_batches))
     optimizer.zero_grad()
     for x, y in micro_batches:
-        (F.cross_entropy(net(x), y, reduction="sum") * int(os.environ["WORLD_SIZE"]) / step).backward()
+        (F.cross_entropy(net(x), y, reduction="sum") * ranks() / step).backward()
     optimizer.step()
 
 
 def with_dropout(batches: parity.Steps) -> nn.Module:
     """Each rank draws numbers of its own."""
-    world_size = int(os.environ["WORLD_SIZE"])
     torch.manual_seed(0)
-    net: nn.Module = nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)).double()
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        net = DistributedDataParallel(net)
+    net = joined(nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)).double())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for micro_batches in batches:
         take_step(net, optimizer, micro_batches)
@@ -341,14 +335,11 @@ def through_workers(batches: parity.Steps) -> Any:
 
 def lazily(batches: parity.Steps) -> nn.Module:
     """A lazy layer, made by a dummy batch that a transform of modules has prepared."""
-    world_size = int(os.environ["WORLD_SIZE"])
     torch.manual_seed(0)
     flatten = nn.Flatten()
     net: nn.Module = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, CLASSES))
     net(flatten(torch.zeros(1, FEATURES)))
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        net = DistributedDataParallel(net)
+    net = joined(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for micro_batches in batches:
         take_step(net, optimizer, [(flatten(x.float()), y) for x, y in micro_batches])
@@ -357,8 +348,7 @@ def lazily(batches: parity.Steps) -> nn.Module:
 
 def by_hand(batches: parity.Steps) -> dict[str, Any]:
     """Softmax regression from scratch: no module, no optimizer, no DDP."""
-    world_size = int(os.environ["WORLD_SIZE"])
-    if world_size > 1:
+    if ranks() > 1:
         dist.init_process_group("gloo")
     w = torch.zeros(FEATURES, CLASSES, requires_grad=True)
     for micro_batches in batches:
@@ -366,7 +356,7 @@ def by_hand(batches: parity.Steps) -> dict[str, Any]:
         for x, y in micro_batches:
             (F.cross_entropy(x.float() @ w, y, reduction="sum") / step).backward()
         assert w.grad is not None
-        if world_size > 1:
+        if ranks() > 1:
             dist.all_reduce(w.grad)
         w.data -= 0.5 * w.grad
         w.grad = None
@@ -375,15 +365,10 @@ def by_hand(batches: parity.Steps) -> dict[str, Any]:
 
 def two_nets(batches: parity.Steps, rate: bool = False) -> dict[str, Any]:
     """Two optimizers of nets of unequal size take turns in each step; rate: the second's is W times too high."""
-    world_size = int(os.environ["WORLD_SIZE"])
     torch.manual_seed(0)
-    nets: list[nn.Module] = [nn.Linear(FEATURES, FEATURES).double(), nn.Linear(FEATURES, CLASSES).double()]
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        nets = [DistributedDataParallel(net) for net in nets]
-    optimizers = [
-        torch.optim.SGD(net.parameters(), lr=0.1 * (world_size if rate and i else 1)) for i, net in enumerate(nets)
-    ]
+    nets = [joined(nn.Linear(FEATURES, outputs).double()) for outputs in (FEATURES, CLASSES)]
+    rates = 0.1, 0.1 * (ranks() if rate else 1)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net, lr in zip(nets, rates, strict=True)]
     for micro_batches in batches:
         for net, optimizer in zip(nets, optimizers, strict=True):
             take_step(net, optimizer, micro_batches)
@@ -414,24 +399,17 @@ def with_a_fixed_k(batches: parity.Steps) -> nn.Module:
     return net
 
 
-def _define(name: str, train: Callable[..., Any], how: dict[str, Any], *, takes_batches: bool) -> None:
+def _define(name: str, train: Callable[..., Any], how: dict[str, Any]) -> None:
     """Make a training that can be imported by name."""
-    if takes_batches:
 
-        def function(batches: parity.Steps) -> Any:
-            return train(batches, **how)
-    else:
-
-        def function() -> Any:  # type: ignore[misc]
-            return train(**how)
+    def function(*batches: parity.Steps) -> Any:
+        return train(*batches, **how)
 
     function.__qualname__, function.__module__ = name, __name__
     globals()[name] = function
 
 
-for _name, (_, _how) in IN_STEPS.items():
-    _define(_name, in_steps, _how, takes_batches=True)
-for _name, _how in RIGHT.items():
-    _define(_name, in_steps, _how, takes_batches=True)
+for _name, _how in (RIGHT | {name: how for name, (_, how) in IN_STEPS.items()}).items():
+    _define(_name, in_steps, _how)
 for _name in [*WHOLE, "right whole", "right all see all"]:
-    _define(_name, whole, {"fault": _name.partition(" ")[2]}, takes_batches=False)
+    _define(_name, whole, {"fault": _name.partition(" ")[2]})

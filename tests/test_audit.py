@@ -173,13 +173,12 @@ def plain_ddp(clip_norm: float | None, compare_first: bool) -> list[Reading]:
     return a.readings
 
 
-def test_another_loop_is_audited_around_its_optimizer(world: Callable[[int], World]) -> None:
+def test_another_loop_is_audited_around_its_optimizer_and_clipping_shows_unless_compared_before(
+    world: Callable[[int], World],
+) -> None:
     for readings in world(2).run(plain_ddp, None, False):  # 4 and 4, then 1 and 1: one of the 10 is a duplicate
         assert len(readings) == 2
         assert all(reading.grad_rel_err < 1e-12 for reading in readings)
-
-
-def test_clipping_shows_unless_compared_before(world: Callable[[int], World]) -> None:
     for readings in world(2).run(plain_ddp, 1e-3, False):
         assert all(reading.grad_scale < 0.1 and reading.grad_cosine == pytest.approx(1) for reading in readings)
     for readings in world(2).run(plain_ddp, 1e-3, True):
@@ -331,21 +330,6 @@ def test_right_loops_raise_no_false_alarm_and_wrong_ones_read_their_true_distanc
         assert read == pytest.approx(distance, rel=1e-9)
 
 
-def random_on_rank_0() -> str:
-    torch.manual_seed(0)
-    a = Audit(RandomForward(3, 2), nn.CrossEntropyLoss())
-    examples = 4 if torch.distributed.get_rank() == 0 else 0
-    a.saw(torch.ones(examples, 3), torch.zeros(examples, dtype=torch.long))
-    a.compare()
-    with pytest.raises(ValueError, match="draws random numbers") as error:
-        a.collect()
-    return str(error.value)
-
-
-def test_what_one_rank_finds_is_raised_on_all(world: Callable[[int], World]) -> None:
-    assert len(set(world(2).run(random_on_rank_0))) == 1
-
-
 class Reentrant(nn.Linear):
     """Recomputes its activations as `torch.utils.checkpoint` did at first."""
 
@@ -356,7 +340,9 @@ class Reentrant(nn.Linear):
 def unsupported() -> list[str]:
     said = []
     labels = torch.tensor([0, 1])
+    torch.manual_seed(0)
     for net, x in (
+        (RandomForward(3, 2), torch.ones(2, 3)),
         (Reentrant(3, 2), torch.ones(2, 3)),
         (nn.Embedding(3, 2, sparse=True), labels),
     ):
@@ -374,10 +360,13 @@ def unsupported() -> list[str]:
     return said
 
 
-def test_what_is_not_supported_is_one_line_that_says_what_to_do(world: Callable[[int], World]) -> None:
+def test_what_is_not_supported_is_one_line_on_every_rank_also_where_one_alone_finds_it(
+    world: Callable[[int], World],
+) -> None:
     sharded = "FSDP's sharded parameters cannot be audited: audit the same loop under DDP"
     assert world(2).run(unsupported) == 2 * [
         [
+            "the net's forward draws random numbers: no audit in training mode",
             "reentrant checkpointing cannot be audited: call checkpoint(..., use_reentrant=False)",
             "sparse gradients cannot be audited: build the embedding with sparse=False",
             sharded,
@@ -396,10 +385,17 @@ def test_the_drift_holds_buffers(world: Callable[[int], World]) -> None:
     assert world(2).run(buffers_apart) == [0.25, 0.25]
 
 
-def test_a_loss_without_a_known_count_is_refused_in_one_line() -> None:
-    a = Audit(nn.Linear(3, 2), F.cross_entropy)
-    with pytest.raises(ValueError, match=r"how many losses cross_entropy counts: give saw\(inputs, y, n=...\)"):
-        a.saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (F.cross_entropy, "cross_entropy"),
+        (nn.KLDivLoss(reduction="sum"), "KLDivLoss"),  # torch has two means of it
+        (nn.KLDivLoss(reduction="none"), "KLDivLoss"),
+    ],
+)
+def test_a_loss_without_a_known_count_is_refused_in_one_line(loss: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"how many losses {name} counts: give saw\(inputs, y, n=...\)"):
+        Audit(nn.Linear(3, 2), loss).saw(torch.ones(4, 3), torch.ones(4, 2))
 
 
 def test_no_number_is_the_worst_reading() -> None:
@@ -477,13 +473,15 @@ def test_a_net_without_one_gradient_is_refused(part: nn.Module, said: str) -> No
         a.collect()
 
 
-def test_frozen_statistics_and_no_dropout_are_accepted() -> None:
-    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2).eval(), nn.Dropout(0.0))
-    Audit(net, nn.CrossEntropyLoss()).saw(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
-
-
-def test_a_norm_of_each_example_alone_is_accepted() -> None:
-    net = nn.Sequential(nn.InstanceNorm1d(3, affine=True), nn.Flatten(), nn.Linear(6, 2))
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(6, 2), nn.BatchNorm1d(2).eval(), nn.Dropout(0.0)),
+        nn.Sequential(nn.InstanceNorm1d(3, affine=True), nn.Flatten(), nn.Linear(6, 2)),  # of each example alone
+    ],
+    ids=["frozen statistics, dropout of 0", "instance norm"],
+)
+def test_a_net_with_one_gradient_is_accepted(net: nn.Module) -> None:
     Audit(net, nn.CrossEntropyLoss()).saw(torch.randn(4, 3, 2), torch.zeros(4, dtype=torch.long))
 
 
@@ -534,49 +532,31 @@ def test_uneven_steps_are_audited_whatever_the_cadence_and_an_excess_ends_the_ru
     assert last.endswith("caused by --normalize rank --reduction mean --updater torch with --tail ragged")
 
 
-def epochs_of(order: Callable[[int, int], list[int]]) -> list[Shown]:
-    rank = torch.distributed.get_rank()
+def epochs_of(epochs: list[list[list[int]]]) -> list[Shown]:
     a = Audit(nn.Linear(1, 2), nn.CrossEntropyLoss())
     shown = []
-    for epoch in range(2):
-        for i in order(rank, epoch):
+    for ranks in epochs:
+        for i in ranks[torch.distributed.get_rank()]:
             a.saw(torch.full((1, 1), float(i)), torch.zeros(1, dtype=torch.long))
         shown.append(a.end_epoch())
     return shown
 
 
-def split_and_shuffled(rank: int, epoch: int) -> list[int]:
-    return [[0, 2, 4], [2, 4, 0]][epoch] if rank == 0 else [1, 3, 5]
-
-
-def set_epoch_forgotten(rank: int, epoch: int) -> list[int]:
-    return [rank, rank + 2, rank + 4]
-
-
-def not_split(rank: int, epoch: int) -> list[int]:
-    return [0, 1, 2, 3] if epoch == 0 else [3, 2, 1, 0]
-
-
-def seeded_by_rank(rank: int, epoch: int) -> list[int]:
-    return [0, 1, 2 + epoch] if rank == 0 else [1, 4, 0]
-
-
 @pytest.mark.parametrize(
-    ("order", "repeated", "same_order"),
-    [(split_and_shuffled, 0, False), (set_epoch_forgotten, 0, True), (not_split, 4, False), (seeded_by_rank, 2, False)],
+    ("epochs", "repeated", "same_order"),
+    [
+        pytest.param([[[0, 2, 4], [1, 3, 5]], [[2, 4, 0], [1, 3, 5]]], 0, False, id="split and shuffled"),
+        pytest.param([[[0, 2, 4], [1, 3, 5]], [[0, 2, 4], [1, 3, 5]]], 0, True, id="set_epoch forgotten"),
+        pytest.param([[[0, 1, 2, 3], [0, 1, 2, 3]], [[3, 2, 1, 0], [3, 2, 1, 0]]], 4, False, id="not split"),
+        pytest.param([[[0, 1, 2], [1, 4, 0]], [[0, 1, 3], [1, 4, 0]]], 2, False, id="seeded by rank"),
+    ],
 )
 def test_the_epoch_tells_who_sees_which_examples(
-    world: Callable[[int], World], order: Callable[[int, int], list[int]], repeated: int, same_order: bool
+    world: Callable[[int], World], epochs: list[list[list[int]]], repeated: int, same_order: bool
 ) -> None:
-    for first, second in world(2).run(epochs_of, order):
+    for first, second in world(2).run(epochs_of, epochs):
         assert (first.repeated, second.repeated) == (repeated, repeated)
         assert (first.same_order, second.same_order) == (False, same_order)
-
-
-def test_a_kullback_leibler_sum_needs_a_count_as_torch_has_two_means_of_it() -> None:
-    for reduction in ("sum", "none"):
-        with pytest.raises(ValueError, match="how many losses KLDivLoss counts"):
-            Audit(nn.Linear(3, 2), nn.KLDivLoss(reduction=reduction)).saw(torch.ones(4, 3), torch.ones(4, 2))
 
 
 def test_an_audited_step_waits_for_no_device() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+
+from loop import virtual_ranks
 
 LOOP = Path(__file__).parent.parent / "loop"
 TORCH_ALONE = """
@@ -22,7 +26,24 @@ class TorchAlone:
             raise ImportError(name)
 sys.meta_path.insert(0, TorchAlone())
 """
+of_virtual_ranks = inspect.cleandoc(virtual_ranks.__doc__ or "")
+LOOP_OF_VIRTUAL_RANKS = textwrap.dedent(
+    of_virtual_ranks[of_virtual_ranks.index("    shares =") : of_virtual_ranks.index("A net under Distributed")]
+)
 PROGRAMS = {
+    "virtual_ranks": f"""
+import copy
+from torch.nn.functional import cross_entropy
+from virtual_ranks import VirtualRanks
+plain, rank, world_size, order = copy.deepcopy(net), 0, 1, torch.arange(300)
+x, y = torch.randn(300, 3), order % 2
+{LOOP_OF_VIRTUAL_RANKS}
+for batch in order.split(256):
+    plain.zero_grad()
+    cross_entropy(plain(x[batch]), y[batch]).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+assert (net.weight - plain.weight).norm() < 1e-6
+""",
     "reduction": """
 from reduction import cell_backward, global_count
 n = global_count(len(y), "cpu")

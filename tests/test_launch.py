@@ -190,6 +190,7 @@ debug_launcher(train.main)
 """
 
 
+@pytest.mark.slow  # 15 s
 def test_debug_launcher_trains_and_says_that_no_watchdog_watches(tmp_path: Path) -> None:
     done = launch([PYTHON, "-c", DEBUG_LAUNCHER], tmp_path, *TINY)
     assert done.returncode == 0, done.stderr

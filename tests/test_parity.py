@@ -206,7 +206,7 @@ def test_each_step_has_the_same_examples_on_any_number_of_ranks(world_size: int,
     assert 1 <= min(uneven.sizes) <= max(uneven.sizes) - 2
     assert sum(idle.sizes[world_size - 1 :: world_size] if world_size > 1 else idle.sizes[1:]) == 0
     assert max(even.sizes) - min(even.sizes[:-1]) <= 20 % len(even.sizes)
-    assert [step.counts(masked)[0] for step in rest] == [0] * len(rest)
+    assert [step.counts[0] for step in rest] == [0] * len(rest)
 
 
 def test_causes_by_hand() -> None:

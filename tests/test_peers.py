@@ -180,19 +180,8 @@ def test_failures_have_their_own_words(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.slow  # 10 s
 def test_the_table_and_the_file_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "peers.json"
-    flags = [
-        "--only",
-        OURS,
-        "Accelerate, sp",
-        "--examples",
-        "129",
-        "--world-size",
-        "2",
-        "--markdown",
-        "--json",
-        str(file),
-    ]
-    assert main(flags) == 0
+    flags = ["--only", OURS, "Accelerate, sp", "--examples", "129", "--world-size", "2", "--markdown"]
+    assert main([*flags, "--json", str(file)]) == 0
     setting, header, rule, *rows = capsys.readouterr().out.splitlines()
     assert setting.startswith(f"torch {torch.__version__.split('+')[0]}, accelerate ")
     assert (header, rule) == ("|  | W=2 N=129 |", "| --- | --- |")

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,17 @@ import train
 from loop.config import parse
 from loop.reduction import cell_loss
 from loop.run.console import last_batch
-from scripts import recipes, sweep, symptoms
+from scripts import recipes, sweep
+from scripts.symptoms import __main__ as symptoms
+from scripts.symptoms.loaders import PATIENCE_S, uneven_hang
 from tests.cases import flat_gradient
 from tests.ranks import World
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "scripts").rglob("*.md")))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "loop").rglob("*.md")), *sorted((ROOT / "scripts").rglob("*.md"))]
+PAGES = [page.read_text(encoding="utf-8") for page in FILES]
+SYMPTOMS = (ROOT / "scripts" / "symptoms" / "README.md").read_text(encoding="utf-8")
 LAUNCHER = r"(?:[A-Z_]+=\S+ )*(?:python3? |bash |torchrun (?:--standalone )?--nproc_per_node (?P<ranks>\d+) )"
 
 
@@ -64,7 +68,7 @@ def program_of(command: str) -> tuple[str, list[str], int]:
     assert launcher, f"how is this started: {command}"
     words = shlex.split(command[launcher.end() :])
     words = words[1:] if words[0] == "-m" else words
-    return words[0], words[1:], int(launcher["ranks"] or 1)
+    return words[0], words[1:], 2 if words[0] == "scripts/train.sh" else int(launcher["ranks"] or 1)
 
 
 @pytest.mark.parametrize("command", sorted({command for command, _ in commands() if command != "wandb login"}))
@@ -100,12 +104,14 @@ def parsed_by(main: Callable[[list[str]], int], args: list[str], monkeypatch: py
     assert main(args) == 130
 
 
-@pytest.mark.parametrize(("command", "says"), [pair for pair in commands() if pair[1]])
+@pytest.mark.parametrize(("command", "says"), [pair for pair in dict.fromkeys(commands()) if pair[1]])
 def test_a_command_gives_its_numbers_again(
     world: Callable[[int], World], command: str, says: str, tmp_path: Path
 ) -> None:
     program, args, ranks = program_of(command)
-    run = {"train.py": trained, "scripts.symptoms": symptom}.get(program) or partial(distance, program)
+    run = {"train.py": trained, "scripts/train.sh": trained, "scripts.symptoms": symptom}.get(program) or partial(
+        distance, program
+    )
     numbers, text = world(ranks).run(run, args, tmp_path)[0]
     for part in says.split("; "):
         *name, value = part.split()
@@ -138,9 +144,9 @@ def trained(args: list[str], out: Path) -> tuple[dict[str, float], str]:
 
 def symptom(args: list[str], out: Path) -> tuple[dict[str, float], str]:
     """Show a symptom on this rank, with less patience than its command has."""
-    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: symptoms.uneven_hang(fixed, patience_s=1)
+    symptoms.SYMPTOMS["uneven-hang"] = lambda fixed: uneven_hang(fixed, patience_s=1)
     text = symptoms.report(args[0], fixed="--fixed" in args)
-    return {}, text.replace("waited 1 s", f"waited {symptoms.PATIENCE_S:g} s")
+    return {}, text.replace("waited 1 s", f"waited {PATIENCE_S:g} s")
 
 
 def distance(recipe: str, args: list[str], out: Path) -> tuple[dict[str, float], str]:
@@ -154,16 +160,38 @@ def test_there_are_commands_with_numbers_to_check() -> None:
     assert len([says for _, says in commands() if says]) >= 20
 
 
-def test_links_into_the_page_lead_to_a_heading() -> None:
-    headings = re.findall(
-        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
-    }  # as GitHub makes them
-    links = set(re.findall(r"\]\(#([^)]+)\)", README))
-    assert links
-    assert links <= anchors
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", FILES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_project_lead_to_a_file_and_a_heading(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    for path, anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_each_symptom_has_a_row_a_check_a_change_and_commands_with_a_wrong_and_a_right_number() -> None:
+    says = dict(commands([SYMPTOMS]))
+    for name in symptoms.SYMPTOMS:
+        wrong = f"torchrun --standalone --nproc_per_node 2 -m scripts.symptoms {name}"
+        assert says[wrong]
+        assert "2 ranks, fixed: " in says[f"{wrong} --fixed"]
+    table, *sections = re.split(r"^### ", SYMPTOMS, flags=re.MULTILINE)
+    assert len(re.findall(r"^\| \[", table, re.MULTILINE)) == len(sections)
+    for section in sections:
+        assert "\n- Check: " in section
+        assert "\n- Change: " in section
+        assert "# " in "".join(blocks("bash", [section]))
 
 
 CLASSES, STEPS = 5, 4
@@ -189,20 +217,66 @@ def net_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     return net, torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
 
 
-def train_step_of(folder: Path) -> Callable[..., Tensor]:
-    """Run the README's block in a folder with a copy of reduction.py alone; return what it defines."""
-    (block,) = (block for block in blocks("python") if "def train_step" in block)
+@contextlib.contextmanager
+def copied_reduction(folder: Path) -> Iterator[None]:
+    """Let `import reduction` find a copy of reduction.py that lies in a folder alone."""
     folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / "loop" / "reduction.py", folder)
     sys.path.insert(0, str(folder))
     try:
-        namespace: dict[str, Any] = {}
-        exec(compile(block, "README.md", "exec"), namespace)
+        yield
     finally:
         sys.path.remove(str(folder))
-        sys.modules.pop("reduction")
+        sys.modules.pop("reduction", None)
+
+
+def train_step_of(folder: Path) -> Callable[..., Tensor]:
+    """Run the block with the whole step; return what it defines."""
+    (block,) = (block for block in blocks("python") if "def train_step" in block)
+    namespace: dict[str, Any] = {}
+    with copied_reduction(folder):
+        exec(compile(block, "README.md", "exec"), namespace)
     step: Callable[..., Tensor] = namespace["train_step"]
     return step
+
+
+def changed_as_shown(folder: Path, sign: str, tokens: bool) -> tuple[Tensor, float]:
+    """Run the README's diff before (-) or after (+) the change; return the gradient and the loss to log."""
+    lines = blocks("diff", [README])[0].splitlines()
+    code = "\n".join(line[1:] for line in lines if line[:1] in (sign, " "))
+    logged = re.search(r"The loss to log is `([^`]+)`", README)
+    assert logged
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ((x, y),) = micro_batches(rank, 1, 0, tokens) if rank == 0 else micro_batches(rank, 2, 0, tokens)[:1]
+    net = DistributedDataParallel(net_and_optimizer()[0])
+    namespace = {"net": lambda x: net(x).flatten(0, -2), "x": x, "y": y.flatten(), "F": F}
+    namespace |= {"device": "cpu", "world_size": world_size}
+    with copied_reduction(folder / str(os.getpid())):
+        exec(compile(code + (f"\nlogged = float({logged[1]})" if sign == "+" else ""), "README.md", "exec"), namespace)
+    return flat_gradient(net), namespace.get("logged", 0.0)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_fix_changes_a_mean_of_means_into_one_processs_mean(
+    world: Callable[[int], World], tokens: bool, tmp_path: Path
+) -> None:
+    shares = [micro_batches(0, 1, 0, tokens), micro_batches(1, 2, 0, tokens)[:1]]
+    shares = [(x.flatten(0, -2), y.flatten()) for ((x, y),) in shares]
+
+    def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        net, _ = net_and_optimizer()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return flat_gradient(net), float(loss.detach())
+
+    want, loss = gradient(torch.cat([x for x, _ in shares]), torch.cat([y for _, y in shares]))
+    of_means = sum(gradient(*share)[0] for share in shares) / 2
+    for gradient_after, logged in world(2).run(changed_as_shown, tmp_path, "+", tokens):
+        assert (gradient_after - want).norm() <= 1e-12 * want.norm()
+        assert logged == pytest.approx(loss, rel=1e-12)
+    for gradient_before, _ in world(2).run(changed_as_shown, tmp_path, "-", tokens):
+        assert (gradient_before - of_means).norm() <= 1e-12 * want.norm()
+        assert (gradient_before - want).norm() > 1e-2 * want.norm()
 
 
 def taken_home(folder: Path, count: int, tokens: bool, accelerated: bool) -> tuple[list[float], Tensor, int]:

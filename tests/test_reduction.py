@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.config import Config
 from loop.data import as_floats, epoch_order
-from loop.effect import example_weights, sgd_batch_size
+from loop.effect import example_weights, sgd_divisor
 from loop.nets import make_net
 from loop.reduction import cell_backward, cell_loss, global_count
 from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here, train_plainly
@@ -111,8 +111,8 @@ def test_scratch_drifts_by_the_quotient_of_the_last_cells(world: Callable[[int],
     assert (moved[0] * 4 - moved[1] * 3).norm() < 1e-12 * (moved[0] * 4).norm()
 
 
-def test_sgd_batch_size_is_the_mode_table() -> None:
-    table = {mode: [sgd_batch_size(*mode, n_last=n, n_global=7) for n in (3, 0)] for mode in MODES}
+def test_sgd_divisor_is_the_mode_table() -> None:
+    table = {mode: [sgd_divisor(*mode, n_last=n, n_global=7) for n in (3, 0)] for mode in MODES}
     assert table == {
         ("mean", "rank"): [1, 0],
         ("mean", "global"): [1, 1],

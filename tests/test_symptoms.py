@@ -8,65 +8,99 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from scripts.symptoms import SYMPTOMS, Shown, main, uneven_hang
+from scripts.symptoms.__main__ import SYMPTOMS, main
+from scripts.symptoms.loaders import uneven_hang
+from scripts.symptoms.toy import Shown
 from tests.ranks import World
 
-
-def shown(name: str, fixed: bool) -> Shown:
-    """What a symptom shows on this rank; a hang is given up after a second."""
-    return uneven_hang(fixed, patience_s=1) if name == "uneven-hang" else SYMPTOMS[name](fixed)
+NAN, LN, ROOT = math.nan, math.log, math.sqrt
 
 
-def wrong_number(name: str, W: int, rank: int) -> float:
-    """What the loop must give, worked out example by example; n = 2 W, of which rank r holds 2 r + 1 and 2 r + 2."""
-    mean = (2 * W + 1) / 2
-    if name == "gather-count":  # batches of 4 until 9 are dealt; of the last W counts, as many as 9 mod 4 W are kept
-        full, left = divmod(9, 4 * W)
-        return 4 * (full * W + min(left, W))
-    if name == "mean-of-means":  # rank 0 holds 2 W + 1, too, as a batch of its own
-        means = [2 * r + 1.5 for r in range(W)]
-        means[0] = (1.5 + 2 * W + 1) / 2
-        return sum(means) / W
-    if name == "sampler-copies":  # 10 W + 1 examples, and the first W - 1 once more
-        n = 10 * W + 1
-        return (n * (n + 1) / 2 + (W - 1) * W / 2) / (11 * W)
-    if name == "sampler-seeded-by-rank":  # as torch's documentation says: a permutation by the seed, filled up, strided
-        orders = [torch.randperm(64, generator=torch.Generator().manual_seed(r)).tolist() for r in range(W)]
-        return len({i for r, order in enumerate(orders) for i in (order + order[: -64 % W])[r::W]})
-    return {
-        "loss-times-world-size": W * mean,
-        "gathered-loss": mean / W,
-        "bypassed-ddp": 2 * rank + 1.5,
-        "norm-summed-twice": W**0.5 * mean,
-        "skipped-alone": 1 if rank == W - 1 else math.nan,
-        "one-task-a-rank": 1.5 / W,
-        "set-epoch-forgotten": math.ceil(math.ceil(64 / W) / 4),
-        "unsplit-stream": 8 * W,
-        "scheduler-too-fast": 1 - 2 * W / 8,  # the schedule, W steps at a time
-        "scheduler-per-micro-batch": 0,  # 8 of 8 steps, when the optimizer has taken 2
-    }[name]
+def examples_seen(seeded_by_rank: int) -> int:
+    """Of 64, by samplers as torch's documentation describes them: a permutation by the seed, filled up, strided."""
+    W = seeded_by_rank
+    orders = [torch.randperm(64, generator=torch.Generator().manual_seed(r)).tolist() for r in range(W)]
+    return len({i for r, order in enumerate(orders) for i in (order + order[: -64 % W])[r::W]})
+
+
+# What the loop must give, and what one process gives, by hand: on 2 ranks, then on 3. A list has a number a rank.
+# Unless it says otherwise, rank r holds examples 2 r + 1 and 2 r + 2, whose mean is 2 r + 1.5; all ranks', W + 0.5.
+BY_HAND: dict[str, tuple[tuple[float | list[float], float], tuple[float | list[float], float]]] = {
+    # one step of 6 W examples for W steps of 6
+    "grown-batch": ((6.5, 3.5 + 9.5), (9.5, 3.5 + 9.5 + 15.5)),
+    # 2 W of 8 steps of the schedule
+    "scheduler-too-fast": ((1 - 4 / 8, 1 - 2 / 8), (1 - 6 / 8, 1 - 2 / 8)),
+    "logged-loss": (([1.5, 3.5], 2.5), ([1.5, 3.5, 5.5], 3.5)),
+    "eval-loss-summed": ((1.5 + 3.5, 2.5), (1.5 + 3.5 + 5.5, 3.5)),
+    # rank 0 has a batch more, of one example: 2 W + 1
+    "mean-of-means": ((((1.5 + 5) / 2 + 3.5) / 2, 3), (((1.5 + 7) / 2 + 3.5 + 5.5) / 3, 4)),
+    # batches of 4: one of each of 2 ranks, then one of 2 more; or one of each of 3
+    "gather-count": ((4 + 4 + 4, 9), (4 + 4 + 4, 9)),
+    # 1 to 21, and 1 again; 1 to 31, and 1 and 2 again
+    "sampler-copies": (((231 + 1) / 22, 11), ((496 + 1 + 2) / 33, 16)),
+    "floored-mean": ((0, 1 / 2), (0, 2 / 3)),
+    # sequences (1), (2, 3), (4, 5, 6)
+    "token-mean": (((1 + 2.5) / 2, 6 / 3), ((1 + 2.5 + 5) / 3, 21 / 6)),
+    "all-masked": ((NAN, 1.5), (NAN, 2.5)),
+    # 2 to 5, 7 to 10, 12 to 15, whose sums are 14, 34, 54
+    "causal-shift": ((48 / 10, 48 / 8), (102 / 15, 102 / 12)),
+    # 9 to 12 and 13 to 18, over 4 micro-batches for 2
+    "short-window": ((42 / 4 / 2, 42 / 4), (93 / 6 / 2, 93 / 6)),
+    "penalty-per-micro-batch": ((2.5 + 2 * 10, 2.5 + 10), (3.5 + 2 * 10, 3.5 + 10)),
+    # 8 of 8 steps of the schedule, where the optimizer has taken 2
+    "scheduler-per-micro-batch": ((0, 1 - 2 / 8), (0, 1 - 2 / 8)),
+    "no-sync-around-backward": ((4, 1), (4, 1)),
+    "loss-times-world-size": ((2 * 2.5, 2.5), (3 * 3.5, 3.5)),
+    "reduce-without-gradient": ((2.5 / 2, 2.5), (3.5 / 3, 3.5)),
+    "gathered-loss": ((2.5 / 2, 2.5), (3.5 / 3, 3.5)),
+    "own-negatives": ((LN(2), LN(4)), (LN(2), LN(6))),
+    "bypassed-ddp": (([1.5, 3.5], 2.5), ([1.5, 3.5, 5.5], 3.5)),
+    "norm-summed-twice": ((ROOT(2) * 2.5, 2.5), (ROOT(3) * 3.5, 3.5)),
+    # W of W² ones
+    "shard-norm": ((ROOT(2), 2), (ROOT(3), 3)),
+    "skipped-alone": (([NAN, 1], 1), ([NAN, NAN, 1], 1)),
+    "one-task-a-rank": ((1.5 / 2, 1.5), (1.5 / 3, 1.5)),
+    # 32 and 22 examples in batches of 4
+    "set-epoch-forgotten": ((8, 0), (6, 0)),
+    "sampler-seeded-by-rank": ((examples_seen(2), 64), (examples_seen(3), 64)),
+    "unsplit-stream": ((2 * 8, 8), (3 * 8, 8)),
+}
+
+
+def shown(fixed: bool, names: list[str]) -> list[Shown]:
+    """What the symptoms show on this rank; a hang is given up after a second."""
+    return [uneven_hang(fixed, patience_s=1) if name == "uneven-hang" else SYMPTOMS[name](fixed) for name in names]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("name", [name for name in SYMPTOMS if name != "uneven-hang"])
+@pytest.mark.parametrize("fixed", [False, True])
 def test_a_symptom_is_wrong_as_predicted_and_its_cure_right(
-    world: Callable[[int], World], name: str, world_size: int
+    world: Callable[[int], World], fixed: bool, world_size: int
 ) -> None:
-    wrong = world(world_size).run(shown, name, fixed=False)
-    for rank, measured in enumerate(wrong):
-        assert measured.here == pytest.approx(wrong_number(name, world_size, rank), rel=1e-6, nan_ok=True)
-    assert wrong[0].here != pytest.approx(wrong[0].one_process, rel=1e-2)
-    for rank in world(world_size).run(shown, name, fixed=True):
-        assert rank.here == pytest.approx(rank.one_process, rel=1e-6)
+    for rank, measured in enumerate(world(world_size).run(shown, fixed, list(BY_HAND))):
+        off = {}
+        for (name, numbers), (_, *given, _) in zip(BY_HAND.items(), measured, strict=True):
+            wrong, right = numbers[world_size - 2]
+            by_hand = [right if fixed else wrong[rank] if isinstance(wrong, list) else wrong, right]
+            if given != pytest.approx(by_hand, rel=1e-6, nan_ok=True):
+                off[name] = (given, by_hand)
+        assert not off, f"rank {rank}: given, by hand"
+
+
+def test_each_symptom_but_the_hang_has_numbers_by_hand_that_differ() -> None:
+    assert {*BY_HAND, "uneven-hang"} == set(SYMPTOMS)
+    for name, numbers in BY_HAND.items():
+        for wrong, right in numbers:
+            assert (wrong[0] if isinstance(wrong, list) else wrong) != pytest.approx(right, rel=1e-2), name
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_uneven_inputs_hang_and_empty_batches_cure_it(world: Callable[[int], World], world_size: int) -> None:
-    first, *others = world(world_size).run(shown, "uneven-hang", fixed=False)
+    (first,), *others = world(world_size).run(shown, False, ["uneven-hang"])
     assert first.here == "hung: rank 0 waited 1 s for ranks that have no second batch"
-    assert all(isinstance(rank.here, float) for rank in others), "they took one step and left"
-    for rank in world(world_size).run(shown, "uneven-hang", fixed=True):
-        assert rank.here == rank.one_process == 2 * world_size + 1
+    assert all(isinstance(rank.here, float) for (rank,) in others), "they took one step and left"
+    for (rank,) in world(world_size).run(shown, True, ["uneven-hang"]):
+        assert rank.here == rank.right == 2 * world_size + 1
 
 
 def test_without_a_name_the_symptoms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +110,7 @@ def test_without_a_name_the_symptoms_are_listed(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("args", "says"),
-    [(["hang"], "there is no hang: choose from gather-count"), (["uneven-hang"], "needs ranks: torchrun")],
+    [(["hang"], "there is no hang: choose from grown-batch"), (["uneven-hang"], "needs ranks: torchrun")],
 )
 def test_bad_calls_get_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2

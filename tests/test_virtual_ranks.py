@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,37 +164,6 @@ def test_ranks_that_do_not_divide_and_cells_that_are_missing_are_refused(world: 
     shares.add(weight.sum())
     with pytest.raises(ValueError, match="a step has 2 cells on each rank, not 1"):
         shares.reduce()
-
-
-def test_the_file_can_be_copied_and_needs_torch_alone(tmp_path: Path) -> None:
-    """It is the docstring's own loop that runs there."""
-    (tmp_path / "virtual_ranks.py").write_bytes(Path(virtual_ranks.__file__).read_bytes())
-    doc = inspect.getdoc(virtual_ranks)
-    usage = textwrap.dedent(doc[doc.index("    shares =") : doc.index("A net under Distributed")])
-    program = f"""
-import copy
-import sys
-import torch
-from torch.nn.functional import cross_entropy
-net = torch.nn.Linear(3, 2)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # which imports what torch itself needs
-class TorchAlone:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in {{*sys.stdlib_module_names, "torch", "virtual_ranks"}}:
-            raise ImportError(name)
-sys.meta_path.insert(0, TorchAlone())
-from virtual_ranks import VirtualRanks
-plain, rank, world_size, order = copy.deepcopy(net), 0, 1, torch.arange(300)
-x, y = torch.randn(300, 3), order % 2
-{usage}
-for batch in order.split(256):
-    plain.zero_grad()
-    cross_entropy(plain(x[batch]), y[batch]).backward()
-    torch.optim.SGD(plain.parameters(), lr=0.1).step()
-assert (net.weight - plain.weight).norm() < 1e-6
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("told", ["", "3"])

@@ -1,4 +1,4 @@
-"""Regenerate every figure of scripts/gallery/pictures/README.md, and every measured block of README.md, from real runs.
+"""Regenerate every figure of scripts/gallery/pictures, and every measured block of the pages, from real runs.
 
     python -m scripts.gallery                           all of it: minutes on 2 cores
     python -m scripts.gallery --only lr drift modes     some of it
@@ -10,6 +10,7 @@ the code, remove them: rm -r runs/gallery-*.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from scripts.runs import Run, read_runs
 
 PICTURES = Path(__file__).parent / "pictures"
 PAGE = PICTURES / "README.md"
-README = sweep.ROOT / "README.md"
+PAGES = [sweep.ROOT / "README.md", sweep.ROOT / "loop" / "README.md", sweep.ROOT / "scripts" / "README.md", PAGE]
 WHOLE = "made"  # the page's block on the gallery as a whole
 
 
@@ -59,7 +60,9 @@ MODES = "--train-examples 896 --tail ragged --normalize global rank"  # three ba
 FULL = "--train-examples 12800 --epochs 2"  # 50 batches, none short
 EXACT = "--dtype float64 --train-examples 1003 --batch-size 128 --epochs 2 --tail spread ragged drop"
 ONE_AND_A_TAIL = "--train-examples 352 --tail ragged"  # one batch, and the book's last one
-SIZES = "--tail ragged --epochs 3 --train-examples 352 1120 4192 16480 60000"  # all end on the book's last batch
+SIZES = "--tail ragged --epochs 3 --train-examples"
+BOOKS = "352 1120 4192 16480 60000"  # all end on the book's last batch, 96 examples
+HEROS = "385 897 4225 16513 59777"  # all end on the hero's, 129
 SUM = "--reduction sum --lr 0.000390625"  # 0.1 / 256
 OPTIMIZERS = {
     "sgd": ("--lr 0.1", "--lr {}"),
@@ -70,9 +73,9 @@ OPTIMIZERS = {
 
 STUDIES = {
     "batch": Study([4], f"--normalize global rank --tail ragged --epochs 1 {AUDITED} "
-                        "--train-examples 288 320 352 384 448 512"),
-    "size-plain": Study([4], f"--normalize rank {SIZES}"),
-    "size-exact": Study([1], SIZES),
+                        "--train-examples 288 320 384 448 512"),
+    "size-plain": Study([4], f"--normalize rank {SIZES} {BOOKS} {HEROS}"),
+    "size-exact": Study([1], f"{SIZES} {BOOKS} {HEROS}"),
     "same-lr": Study([1, 2], "--net softmax mlp --reduction mean sum --normalize rank --epochs 3"),
     "divided-mean": Study([1, 4], f"--normalize rank {FULL} --log-every 1"),
     "divided-sum": Study([1, 4], f"--normalize rank {FULL} --log-every 1 --reduction sum --lr 0.000390625 0.0015625"),
@@ -104,10 +107,12 @@ STUDIES = {
 }  # fmt: skip
 
 FIGURES = {
+    "hero": [],
     "zeroing": [],
     "scalar": [],
     "batch_size": ["batch"],
-    "weights": ["size-plain", "size-exact"],
+    "weights": [],
+    "cost": ["size-plain", "size-exact"],
     "same_lr": ["same-lr"],
     "divided_lr": ["divided-mean", "divided-sum"],
     "lr": ["lr-mean", "lr-sum"],
@@ -121,6 +126,7 @@ FIGURES = {
     "fp16": [],
     "bits": [],
 }  # a function of scripts/gallery/figures: its studies
+FRONT = ("hero", "cost")  # pictures of the README, without a number in their names
 BLOCKS = {
     "train": ["train"],
     "modes": ["modes-mean", "modes-sum", "modes-scratch"],
@@ -153,7 +159,13 @@ def make(names: Sequence[str], out: Path, whole: bool) -> int:
     for name in names:
         if name not in NEEDS:
             raise InputError(f"--only {name}: there is no such figure or block; choose from: {', '.join(NEEDS)}")
-        replaced(page_of(name), name, "")  # its place is there: find out before training
+    places = {name: holding(name) for name in names}  # find out before training
+    if not whole and (homeless := [name for name in names if not places[name]]):
+        raise InputError(f"--only {homeless[0]}: no page has {begin(homeless[0])}: put it where the block belongs")
+    names = [name for name in names if places[name]]
+    for name in names:
+        for page in places[name]:
+            replaced(page, name, "")  # they are closed
     studies = list(dict.fromkeys(study for name in names for study in NEEDS[name]))
     planned = {study: planned_runs(study, out) for study in studies}
     everything = [run for runs in planned.values() for run in runs]
@@ -171,7 +183,8 @@ def make(names: Sequence[str], out: Path, whole: bool) -> int:
         except probes.DoesNotHoldError as error:
             wrong.append(f"{name}: does not hold: {error}")
             continue
-        write_whole(page_of(name), replaced(page_of(name), name, text).encode())
+        for page in places[name]:
+            write_whole(page, replaced(page, name, text).encode())
     if fresh and not wrong:
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         took = f"{len(everything)} runs and {len(FIGURES)} figures in {minutes} min {seconds} s on {blocks.versions()}."
@@ -193,13 +206,13 @@ def exhibit(name: str, runs: Mapping[str, Sequence[Run]]) -> str:
 
     draw: Callable[..., drawing.Finding] = getattr(figures, name)
     figure, (title, one, several) = drawing.paint(draw, runs)
-    path = PICTURES / f"gallery-{list(FIGURES).index(name) + 1:02}-{name.replace('_', '-')}.png"
+    path = picture_of(name)
     drawing.save(figure, path)
     count = sum(len(runs[study]) for study in FIGURES[name])
-    n = f"n = 1 run a point, {count} runs" if count else "n = 1"
+    n = f"n = 1 run a point, {count} runs" if count else "arithmetic" if name in ("hero", "weights") else "n = 1"
     commands = "\n".join(STUDIES[study].command(study) for study in FIGURES[name])
     paragraphs = [
-        f"![{title}]({path.name})",
+        f"![{title}]({path.relative_to(sweep.ROOT)})",
         blocks.fill(f"**One process.** {one}"),
         blocks.fill(f"**Several ranks.** {several}"),
         blocks.fill(f"*`python -m scripts.gallery --only {name}`; {n}; {blocks.versions()}.*"),
@@ -208,19 +221,35 @@ def exhibit(name: str, runs: Mapping[str, Sequence[Run]]) -> str:
     return "\n\n".join(filter(None, paragraphs))
 
 
-def page_of(name: str) -> Path:
-    """Return the page that a block stands on."""
-    return README if name in BLOCKS else PAGE
+def picture_of(name: str) -> Path:
+    """Return where a figure is kept."""
+    numbered = [figure for figure in FIGURES if figure not in FRONT]
+    stem = name if name in FRONT else f"gallery-{numbered.index(name) + 1:02}-{name.replace('_', '-')}"
+    return PICTURES / f"{stem}.png"
+
+
+def begin(name: str) -> str:
+    """Return the marker above a block."""
+    return f"<!-- gallery: {name} -->"
+
+
+def holding(name: str) -> list[Path]:
+    """Return the pages that have a place for a block."""
+    return [page for page in PAGES if page.exists() and begin(name) in page.read_text(encoding="utf-8")]
 
 
 def replaced(page: Path, name: str, text: str) -> str:
-    """Return the page's text with what stands between a block's markers replaced. Raises InputError without markers."""
-    begin, end = f"<!-- gallery: {name} -->", "<!-- end -->"
-    before, begins, rest = page.read_text(encoding="utf-8").partition(begin)
+    """Return the page's text with what stands between a block's markers replaced. Raises InputError without markers.
+
+    text: its links lead from the project's root; on the page they lead from the page's folder.
+    """
+    end = "<!-- end -->"
+    before, begins, rest = page.read_text(encoding="utf-8").partition(begin(name))
     old, ends, after = rest.partition(end)
     if not (begins and ends) or "<!-- gallery:" in old:
-        raise InputError(f"{page}: {begin} ... {end} is not there, or not closed: put it where the block belongs")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+        raise InputError(f"{page}: {begin(name)} ... {end} is not there, or not closed: put it where the block belongs")
+    here = re.sub(r"(?<=\]\()(?!https?:|#)[^)]+", lambda link: os.path.relpath(sweep.ROOT / link[0], page.parent), text)
+    return f"{before}{begin(name)}\n\n{here}\n\n{end}{after}"
 
 
 if __name__ == "__main__":

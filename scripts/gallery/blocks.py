@@ -1,8 +1,7 @@
-"""README.md's blocks of measured text, out of the runs they are measured by."""
+"""The pages' blocks of measured text, out of the runs they are measured by. Links lead from the project's root."""
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from loop.config import Config
 from loop.effect import divisors, effect, effective_lr
 from loop.run import console
 from loop.shards import Shards
+from scripts.gallery import drawing, figures
 from scripts.gallery.probes import distance, flags_of, last, pick
 from scripts.machine import hardware
 from scripts.runs import Run
@@ -27,19 +27,20 @@ def versions() -> str:
 
 
 def train(runs: Mapping[str, Sequence[Run]]) -> str:
-    """Return what `scripts/train.sh --reduction mean` says at its end; put its curves beside the other pictures."""
+    """Return what `scripts/train.sh --reduction mean` says at its end; draw its curves."""
     run = pick(runs["train"])
     config, ranks = flags_of(run), int(run.config["world_size"])
     summary = {key: last(run, key) for key in run.curves} | {"epoch": int(last(run, "epoch"))}
     said = console.results(summary, 0) + "\n" + console.last_batch(config, shards_of(run))
-    shutil.copyfile(run.folder / "curves.png", PICTURES / "train.png")
+    figure, (title, *_) = drawing.paint(figures.training, runs)
+    drawing.save(figure, PICTURES / "train.png")
     return "\n".join(
         [
             "```text",
             *(textwrap.fill(line, WIDTH) for line in said.splitlines()),
             "```",
             "",
-            "![Train loss, train accuracy and test accuracy over ten epochs](scripts/gallery/pictures/train.png)",
+            f"![{title}: loss and accuracy](scripts/gallery/pictures/train.png)",
             "",
             f"*`bash scripts/train.sh --reduction mean`: softmax regression, {ranks} CPU ranks, n = 1 run.*",
         ]

@@ -191,6 +191,11 @@ def in_nats(gap: float) -> str:
     return f"to {gap:.0e} nats" if gap else "bit for bit"
 
 
+def percent(value: float) -> str:
+    """Return percents to two digits, as all captions have them."""
+    return f"{value:.2g} %" if value < 99.5 else f"{value:.0f} %"
+
+
 def effect_of_tail(world_size: int, n: int = TAIL, tail: Tail = "ragged", **mode: Any) -> Any:
     """Return `scripts.explain`'s effect of a plain loop's mean on a last batch of n."""
     config = replace(Config(normalize="rank", tail=tail), **mode)

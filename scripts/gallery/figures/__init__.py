@@ -4,10 +4,11 @@ Left, one process; right, several ranks. A finding that does not hold is never d
 measured instead.
 """
 
-from scripts.gallery.figures.batches import accumulation, batch_size, overlay, tail, weights
+from scripts.gallery.figures.batches import accumulation, batch_size, cost, overlay, tail, weights
 from scripts.gallery.figures.beyond import fp16, optimizers
 from scripts.gallery.figures.bits import bits
-from scripts.gallery.figures.rates import blow_up, divided_lr, lr, same_lr
+from scripts.gallery.figures.last_batch import hero
+from scripts.gallery.figures.rates import blow_up, divided_lr, lr, same_lr, training
 from scripts.gallery.figures.scalars import scalar, zeroing
 from scripts.gallery.figures.sums import drift, metrics
 
@@ -16,9 +17,11 @@ __all__ = [
     "batch_size",
     "bits",
     "blow_up",
+    "cost",
     "divided_lr",
     "drift",
     "fp16",
+    "hero",
     "lr",
     "metrics",
     "optimizers",
@@ -26,6 +29,7 @@ __all__ = [
     "same_lr",
     "scalar",
     "tail",
+    "training",
     "weights",
     "zeroing",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from loop.shards import Tail
-from scripts.gallery.drawing import Finding, curve, legend, panels
+from loop.config import Config
+from loop.shards import Tail, sizes_in_words
+from scripts.gallery.drawing import Finding, curve, legend, panels, plot
 from scripts.gallery.probes import (
     BATCH,
     LR,
@@ -22,6 +24,7 @@ from scripts.gallery.probes import (
     gradient,
     last,
     over,
+    percent,
     pick,
     require,
     widest_gap,
@@ -39,7 +42,7 @@ def batch_size(figure: Figure, runs: Runs) -> Finding:
             values.append(float(gradient(net, F.cross_entropy(net(X), y, reduction=reduction)).norm()))
     for index, (reduction, values) in enumerate(norms.items()):
         curve(one, index, sizes, values, reduction)
-    one.set(xscale="log", yscale="log", ylabel="length of the first gradient")
+    one.set(xscale="log", yscale="log", ylabel="length of the first gradient (nats)")
     one.set_xscale("log", base=2)
     legend(one)
     change = {reduction: max(values) / min(values) for reduction, values in norms.items()}
@@ -57,14 +60,13 @@ def batch_size(figure: Figure, runs: Runs) -> Finding:
         n = [int(run.config["tail_examples"]) or BATCH for run in audited]
         measured[normalize] = [last(run, "audit/grad_scale") for run in audited]
         curve(several, index, n, measured[normalize], f"mean, {normalize}: measured", linestyle="")
-    several.set(ylabel="length of the step / exact mean's", ylim=(0, 1.15))
+    several.set(ylabel="length of the step (× exact mean's)", ylim=(0, 1.15))
     legend(several, loc="lower right")
     off = max(abs(value - 1) for value in measured["global"])
     least = min(measured["rank"])
     require(change["mean"] < 4 and off < 1e-6 and abs(least - 0.25) < 0.01, f"{change}, {measured}")
     return Finding(
-        f"From n = {sizes[0]} to {sizes[-1]} the mean's step changes {change['mean']:.2g}-fold, the sum's "
-        f"{change['sum']:.0f}-fold; on 4 ranks a short batch gets down to {least:.2g} of a mean's",
+        "Empty ranks shorten the mean's step",
         f"From {sizes[0]} to {sizes[-1]} examples the length of the mean's gradient changes {change['mean']:.2f}-fold "
         f"(noise averages out), the sum's {change['sum']:.0f}-fold.",
         f"A mean by rank depends on the batch size again: where some ranks are empty they are averaged in, down to "
@@ -73,34 +75,58 @@ def batch_size(figure: Figure, runs: Runs) -> Finding:
 
 
 def weights(figure: Figure, runs: Runs) -> Finding:
-    """Who counts how much in the book's last batch, from 1 to 64 ranks; and what that does to a trained net."""
-    one, several = panels(figure, f"1 to 64 ranks: the last {TAIL} examples", "4 ranks: the trained weights")
+    """Who counts how much in the book's last batch, from 1 to 64 ranks."""
     ranks = [2**k for k in range(7)]
+    axes = plot(figure, xscale="log", xlabel="ranks, W", ylabel="weight of an example (× n)", ylim=(0, 2.1))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, list(map(str, ranks)))
     tails: tuple[Tail, ...] = ("spread", "ragged")
     for index, tail in enumerate(tails):
         effects = [effect_of_tail(world_size, tail=tail) for world_size in ranks]
-        curve(one, index, ranks, [e.heaviest for e in effects], f"{tail}: heaviest")
-        curve(one, index + 2, ranks, [e.lightest for e in effects], f"{tail}: lightest")
-    one.set_xscale("log", base=2)
-    one.set_xticks(ranks, list(map(str, ranks)))
-    one.set(xlabel="ranks, W", ylabel="weight of an example, times n", ylim=(0, 2.1))
-    legend(one, loc="upper left")
+        curve(axes, index, ranks, [e.heaviest for e in effects], f"{tail}: heaviest")
+        curve(axes, index + 2, ranks, [e.lightest for e in effects], f"{tail}: lightest")
+    legend(axes, loc="upper left")
     four, most = effect_of_tail(4), effect_of_tail(64, tail="spread")
-    sizes, moved = [], []
-    for plain in sorted(runs["size-plain"], key=lambda run: int(run.config["train_examples"])):
-        sizes.append(int(plain.config["train_examples"]))
-        moved.append(100 * distance(plain, pick(runs["size-exact"], train_examples=sizes[-1])))
-    curve(several, 0, sizes, moved, "ragged, mean by rank")
-    several.set(xscale="log", yscale="log", xlabel="training examples, N", ylabel="weights off after 3 epochs (%)")
-    require(moved[0] > moved[-1], f"off by {moved} % at {sizes}")
     return Finding(
-        f"On 4 ranks a plain loop counts the last {TAIL} examples {four.lightest:.2g} to {four.heaviest:.2g} times, "
-        f"and trains weights {moved[-1]:.2g} % off at N = {sizes[-1]}, {moved[0]:.2g} % at {sizes[0]}",
-        "Every example of the last batch weighs 1/n.",
-        f"Dealt raggedly to 4 ranks an example counts {four.lightest:.3g} to {four.heaviest:.3g} times what it "
-        f"should; spread over 64, {most.lightest:.3g} to {most.heaviest:.3g} times. On the book's {sizes[-1]} "
-        f"examples that is one step in {math.ceil(sizes[-1] / BATCH)} and moves the weights by {moved[-1]:.2g} % in "
-        f"3 epochs; where it is one step in 2 (N = {sizes[0]}), by {moved[0]:.2g} %.",
+        "Ranks and dealing decide who counts",
+        f"Every example of the last batch, of {TAIL}, weighs 1/n.",
+        f"Each rank's mean is averaged. Dealt raggedly to 4 ranks an example weighs {four.lightest:.3g}/n to "
+        f"{four.heaviest:.3g}/n; spread over 64, {most.lightest:.3g}/n to {most.heaviest:.3g}/n.",
+    )
+
+
+def cost(figure: Figure, runs: Runs) -> Finding:
+    """What the weights of the last batch do to a trained net, over the number of training examples."""
+    axes = plot(
+        figure, xscale="log", yscale="log", xlabel="training examples, N",
+        ylabel="trained weights off one process's (%)",
+    )  # fmt: skip
+    ends: dict[str, tuple[int, float, int, float]] = {}
+    for index, left in enumerate((TAIL, 129)):
+        plain = {int(run.config["train_examples"]): run for run in runs["size-plain"]}
+        sizes = sorted(n for n in plain if n % BATCH == left)
+        moved = [100 * distance(plain[n], pick(runs["size-exact"], train_examples=n)) for n in sizes]
+        dealt = sizes_in_words(Config(tail="ragged").shards(sizes[0], 4).last_step.sizes)
+        curve(axes, index, sizes, moved, f"4 ranks hold {dealt} in the last step")
+        for n, value in zip(sizes, moved, strict=True):
+            where: Any = {"xytext": (0, -13 + 19 * index), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(percent(value), (n, value), fontsize=8, **where)
+        require(moved[0] > moved[-1], f"off by {moved} % at {sizes}")
+        ends[dealt] = sizes[0], moved[0], sizes[-1], moved[-1]
+    axes.set_xticks([400, 1_000, 4_000, 16_000, 60_000], ["400", "1,000", "4,000", "16,000", "60,000"])
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.margins(0.08, 0.15)
+    legend(axes)
+    found = [
+        f"{dealt}: {percent(small)} off at N = {n:,}, {percent(large)} at {most:,}"
+        for dealt, (n, small, most, large) in ends.items()
+    ]
+    return Finding(
+        "What the last batch costs trained weights",
+        "The reference: the distance is taken from its weights, relative to their length.",
+        f"Each rank's mean is averaged, on 4 ranks whose last step is dealt raggedly. {'; '.join(found)}. That step is "
+        f"one in 2 of the smallest set and one in {math.ceil(60_000 / BATCH)} of the largest.",
     )
 
 
@@ -110,7 +136,7 @@ def tail(figure: Figure, runs: Runs) -> Finding:
         figure,
         right="4 ranks, a plain loop",
         xlabel="step",
-        ylabel=f"length of the step / mean's at lr {LR}",
+        ylabel=f"length of the step (× mean's at lr {LR})",
         ylim=(0, 1.2),
     )
     lengths = {}
@@ -127,8 +153,7 @@ def tail(figure: Figure, runs: Runs) -> Finding:
     off = max(abs(lengths["mean", 1] - 1), abs(lengths["sum", 1] - share), abs(lengths["sum", 4] - share / 4))
     require(off < 1e-4 and lengths["mean", 4] < 0.8, f"lengths {lengths}")
     return Finding(
-        f"On a batch of {TAIL} the mean steps as far as ever, the sum {lengths['sum', 1]:.3g} times as far; a plain "
-        f"loop on 4 ranks makes that {lengths['mean', 4]:.2g} and {lengths['sum', 4]:.2g}",
+        "A plain loop shortens the short step",
         f"On the short batch ({TAIL} of {BATCH}) the mean's step is {lengths['mean', 1]:.3g} of the exact mean's, "
         f"and an example weighs {1 / share:.3g} times as much as in a full batch: the step is steady, the weights "
         f"are not. The sum's is {lengths['sum', 1]:.3g}, and every example of the epoch weighs the same.",
@@ -139,32 +164,27 @@ def tail(figure: Figure, runs: Runs) -> Finding:
 
 
 def overlay(figure: Figure, runs: Runs) -> Finding:
-    """W = 1, 2, 4 on top of each other under global, and by rank."""
-    pair = panels(
-        figure, "--normalize global", "--normalize rank", xlabel="step", ylabel="train loss (nats an example)"
-    )
-    gaps, off = {}, {}
-    for axes, normalize in zip(pair, ("global", "rank"), strict=True):
-        alone = pick(runs["overlay"], world_size=1, normalize=normalize)
-        wanted = over(alone, "step", "step/loss")[1]
-        for index, world_size in enumerate((1, 2, 4)):
-            run = pick(runs["overlay"], world_size=world_size, normalize=normalize)
-            steps, values = over(run, "step", "step/loss")
-            width = 5.0 if world_size == 1 else 1.6
-            colour = {"color": "0.7"} if world_size == 1 else {}
-            curve(axes, index, steps, values, f"W = {world_size}", marked=False, linewidth=width, **colour)
-            gaps[normalize, world_size] = widest_gap(values, wanted)
-            off[normalize, world_size] = distance(run, alone)
-        legend(axes)
+    """How far the loss of 2 and 4 ranks is from that of W = 1, at every step, under global and by rank."""
+    axes = plot(figure, xlabel="step", ylabel="train loss off that of W = 1 (nats per example)")
+    gaps, off, modes = {}, {}, [(normalize, w) for normalize in ("rank", "global") for w in (2, 4)]
+    for index, (normalize, world_size) in enumerate(modes):
+        run, alone = (pick(runs["overlay"], world_size=w, normalize=normalize) for w in (world_size, 1))
+        steps, values = over(run, "step", "step/loss")
+        apart = [abs(a - b) for a, b in zip(values, over(alone, "step", "step/loss")[1], strict=True)]
+        curve(axes, index, steps, apart, f"W = {world_size}, {normalize}", marked=False)
+        gaps[normalize, world_size], off[normalize, world_size] = max(apart), distance(run, alone)
+    axes.set_yscale("symlog", linthresh=1e-16, subs=[1])
+    axes.set_yticks([0, 1e-16, 1e-12, 1e-8, 1e-4, 1])
+    axes.set_ylim(0, 10)
+    legend(axes, loc="center right")
     exact = max(off["global", world_size] for world_size in (2, 4))
     require(exact < 1e-12 and gaps["rank", 4] > 0.01, f"gaps {gaps}, weights off by {off}")
     return Finding(
-        f"global: W = 1, 2, 4 are one curve, their weights within {exact:.0e}; by rank 4 ranks part by "
-        f"{gaps['rank', 4]:.2f} nats, the weights by {100 * off['rank', 4]:.2g} %",
-        f"In grey, and the same in both panels: {len(steps)} steps, every fourth on the book's {TAIL} examples.",
+        "Only global takes one process's steps",
+        f"The reference: {len(steps)} steps, every fourth on the book's {TAIL} examples.",
         f"Under `global` the final weights of 2 and 4 ranks are within {exact:.1g} (relative, float64) of one "
         f"process's and no step's loss differs by more than {max(gaps['global', 2], gaps['global', 4]):.1g}. By rank "
-        f"they are {100 * off['rank', 2]:.2g} % and {100 * off['rank', 4]:.2g} % off, a step's loss by up to "
+        f"they are {percent(100 * off['rank', 2])} and {percent(100 * off['rank', 4])} off, a step's loss by up to "
         f"{gaps['rank', 2]:.2g} and {gaps['rank', 4]:.2g}.",
     )
 
@@ -172,7 +192,7 @@ def overlay(figure: Figure, runs: Runs) -> Finding:
 def accumulation(figure: Figure, runs: Runs) -> Finding:
     """The last batch's step over the micro-batches in a step: predicted, and audited."""
     pair = panels(
-        figure, right="4 ranks", xlabel="micro-batches in a step, K", ylabel="length of the last step / exact mean's",
+        figure, right="4 ranks", xlabel="micro-batches in a step, K", ylabel="length of the last step (× exact mean's)",
         ylim=(0, 1.1),
     )  # fmt: skip
     measured, ks, loss = {}, [1, 2, 4, 8, 16], {}
@@ -189,8 +209,7 @@ def accumulation(figure: Figure, runs: Runs) -> Finding:
         off = widest_gap(found, predicted)
         require(off < 0.05, f"W = {world_size}: measured {found}, predicted {predicted}")
     return Finding(
-        f"Accumulation under-weighs the tail: with K = 16 the last {TAIL} examples take {measured[1][-1]:.2g} of "
-        f"their step in one process, {measured[4][-1]:.2g} on 4 ranks",
+        "Accumulation shortens a short batch's step",
         f"K micro-batches are averaged, empty ones too: the last {TAIL} examples fill {effect_cells(1, 16)} of 16, and "
         f"their step is {measured[1][-1]:.3g} of the exact mean's. That is the loop of one process, without any rank: "
         f"after 3 epochs of {BATCH + TAIL} examples the train loss is {loss[1][-1]:.3f} instead of {loss[1][0]:.3f}.",

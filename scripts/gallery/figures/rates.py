@@ -20,6 +20,7 @@ from scripts.gallery.probes import (
     last,
     net_of,
     over,
+    percent,
     pick,
     require,
     shrunken,
@@ -28,9 +29,22 @@ from scripts.gallery.probes import (
 from scripts.runs import Run
 
 
+def training(figure: Figure, runs: Runs) -> Finding:
+    """Loss and accuracy of the run that the README starts with."""
+    run = pick(runs["train"])
+    loss, accuracy = panels(figure, "loss", "accuracy", xlabel="epoch")
+    loss.set_ylabel("loss (nats per example)")
+    accuracy.set_ylabel("accuracy (share)")
+    for axes, kind in ((loss, "loss"), (accuracy, "acc")):
+        for index, half in enumerate(("train", "test")):
+            curve(axes, index, *over(run, "epoch", f"{half}/{kind}"), half)
+        legend(axes)
+    return Finding(f"Softmax regression on {run.config['world_size']} ranks", "", "")
+
+
 def same_lr(figure: Figure, runs: Runs) -> Finding:
     """Sum at the mean's learning rate: softmax regression and the mlp."""
-    pair = panels(figure, right="2 ranks, a plain loop", xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
+    pair = panels(figure, right="2 ranks, a plain loop", xlabel="epoch", ylabel="test accuracy (share)", ylim=(0, 1))
     final = {}
     for axes, world_size in zip(pair, (1, 2), strict=True):
         for index, (net, reduction) in enumerate((n, r) for n in ("softmax", "mlp") for r in ("mean", "sum")):
@@ -47,13 +61,12 @@ def same_lr(figure: Figure, runs: Runs) -> Finding:
     require(shrunk == kept, f"accuracy {kept} became {shrunk} when the weights were scaled")
     require(accuracy[1, "softmax", "sum"] > 0.7 and accuracy[1, "mlp", "sum"] < 0.2, f"accuracies {accuracy}")
     return Finding(
-        f"Sum at the mean's lr {LR}: the mlp ends at accuracy {accuracy[1, 'mlp', 'sum']:.2f}, softmax regression "
-        f"keeps {accuracy[1, 'softmax', 'sum']:.2f} at a train loss of {last(softmax, 'train/loss'):.0f}",
+        "A sum at the mean's learning rate",
         f"Softmax regression reaches a test accuracy of {accuracy[1, 'softmax', 'mean']:.3f} by mean and "
         f"{accuracy[1, 'softmax', 'sum']:.3f} by sum, whose test loss is {last(softmax, 'test/loss'):.3g}: its "
         "logits are linear in its weights, so to make those large costs loss, and does not change which is largest. "
         f"Dividing all its weights by {BATCH} leaves the accuracy at {shrunk:.4f}, to the last example, and the loss "
-        f"at {shrunk_loss:.2g}. The mlp has a bend to fall over: {100 * dead:.0f} % of its hidden units are 0 for "
+        f"at {shrunk_loss:.2g}. The mlp has a bend to fall over: {percent(100 * dead)} of its hidden units are 0 for "
         f"every test image, and it guesses ({accuracy[1, 'mlp', 'sum']:.2f}, where the mean has "
         f"{accuracy[1, 'mlp', 'mean']:.2f}).",
         f"A plain loop on 2 ranks makes the sum's step half as long, {BATCH // 2} times the mean's: softmax regression "
@@ -63,7 +76,7 @@ def same_lr(figure: Figure, runs: Runs) -> Finding:
 
 def divided_lr(figure: Figure, runs: Runs) -> Finding:
     """Sum at lr/n on top of the mean, where every batch is full; on 4 ranks it takes 4 times that."""
-    pair = panels(figure, right="4 ranks, a plain loop", xlabel="step", ylabel="train loss (nats an example)")
+    pair = panels(figure, right="4 ranks, a plain loop", xlabel="step", ylabel="train loss (nats per example)")
     gaps = {}
     for axes, world_size in zip(pair, (1, 4), strict=True):
         mean = pick(runs["divided-mean"], world_size=world_size)
@@ -79,8 +92,7 @@ def divided_lr(figure: Figure, runs: Runs) -> Finding:
         legend(axes)
     require(gaps[1, 1] < 1e-4 and gaps[4, 4] < 1e-4 and gaps[4, 1] > 0.1, f"gaps {gaps}")
     return Finding(
-        f"At lr/n the sum takes the mean's steps, {in_nats(gaps[1, 1])}; on 4 ranks it lags by {gaps[4, 1]:.2f} nats, "
-        f"and wants 4 lr/n: {in_nats(gaps[4, 4])}",
+        "The sum's learning rate: lr × W/n",
         f"Softmax regression, {len(steps)} full batches: between mean at lr {LR} and sum at lr {LR}/{BATCH} every "
         f"step's loss agrees {in_nats(gaps[1, 1])}. (Dividing by {BATCH}, a power of two, rounds nothing.)",
         f"The all-reduce averages, so the gradient of the sum is n/W times the mean's: at lr/n the loss lags by up to "
@@ -97,10 +109,10 @@ def by_lr(runs: Runs, reduction: str, world_size: int) -> dict[float, Run]:
 def lr(figure: Figure, runs: Runs) -> Finding:
     """Accuracy over the learning rate: six curves, which are one over the effective learning rate."""
     left, right = panels(
-        figure, "over --lr", "over the effective lr", xscale="log", ylabel="test accuracy", ylim=(0, 1)
+        figure, "over --lr", "over the effective lr", xscale="log", ylabel="test accuracy (share)", ylim=(0, 1)
     )
     left.set_xlabel("--lr")
-    right.set_xlabel("--lr x length of the step / exact mean's")
+    right.set_xlabel("effective lr")
     at: dict[float, list[float]] = {}
     best: dict[tuple[str, int], float] = {}
     for index, (reduction, world_size) in enumerate((r, w) for r in ("mean", "sum") for w in (1, 2, 4)):
@@ -118,8 +130,7 @@ def lr(figure: Figure, runs: Runs) -> Finding:
     ratio = {w: best["mean", w] / best["sum", w] for w in (1, 2, 4)}
     require(gap < 0.02 and ratio[1] == BATCH and ratio[4] == BATCH / 4, f"gap {gap}, best lr's ratios {ratio}")
     return Finding(
-        f"The sum's best lr is 1/{ratio[1]:.0f} of the mean's in one process, 1/{ratio[4]:.0f} on 4 ranks: "
-        "the factor is n/W; over the effective lr the six curves are one, up to its best",
+        "One curve over the effective learning rate",
         f"The mlp learns best at lr {best['mean', 1]:.3g} by mean and {best['sum', 1]:.3g} by sum: n = {BATCH} apart.",
         "The mean's curve stays where it is for W = 1, 2, 4; a plain loop's sum moves right by W (best on 4 ranks: "
         f"{best['sum', 4]:.3g}). Over the effective lr, runs at the same value agree to {gap:.4f} of accuracy up to "
@@ -132,7 +143,7 @@ def blow_up(figure: Figure, runs: Runs) -> Finding:
     """Train loss over the learning rate: faster, then gone."""
     pair = panels(
         figure, right="4 ranks, a plain loop", xscale="log", xlabel="--lr",
-        ylabel="train loss, last of 2 epochs (nats)",
+        ylabel="train loss, last of 2 epochs (nats per example)",
     )  # fmt: skip
     guessing, gone = math.log(CLASSES), {}
     losses: dict[tuple[str, int], dict[float, float]] = {}
@@ -152,8 +163,7 @@ def blow_up(figure: Figure, runs: Runs) -> Finding:
     )
     require(gone["sum", 1] < gone["mean", 1] and by_sum < by_mean, f"worse than guessing from lr {gone}")
     return Finding(
-        f"At lr {at:.2g} the sum reaches {by_sum:.2f} where the mean is at {by_mean:.2f}; "
-        f"from {gone['sum', 1]:.2g} on it is worse than guessing, the mean from {gone['mean', 1]:.2g}",
+        "A sum is faster, then diverges sooner",
         f"100 steps of the mlp: at lr {at:.3g} the sum's train loss is {by_sum:.3f}, the mean's {by_mean:.3f}. At lr "
         f"{gone['sum', 1]:.3g} the sum is worse than guessing (ln {CLASSES}); the mean holds out until "
         f"{gone['mean', 1]:.3g}.",

@@ -32,7 +32,7 @@ def zeroing(figure: Figure, runs: Runs) -> Finding:
     """Zeroed, never zeroed; and zeroed too often where gradients are meant to accumulate."""
     train, _ = data()
     one, several = panels(
-        figure, right="2 ranks, 4 micro-batches a step", xlabel="step", ylabel="train loss (nats an example)"
+        figure, right="2 ranks, 4 micro-batches a step", xlabel="step", ylabel="train loss (nats per example)"
     )
     batches = EvalBatches(train, batch_size=BATCH)
     zeroed, never = (book_losses(kind, batches) for kind in (BookUpdater, NeverZeroed))
@@ -50,8 +50,7 @@ def zeroing(figure: Figure, runs: Runs) -> Finding:
         legend(axes)
     require(ends[1] > 2 * ends[0] and ends[3] > 1.05 * ends[2], f"last losses of {ends}")
     return Finding(
-        f"Without zeroing, an epoch ends at loss {ends[1]:.2g} instead of {ends[0]:.2g}; "
-        f"zeroing at every micro-batch costs too: {ends[3]:.2f} instead of {ends[2]:.2f}",
+        "Zero the gradient once a step",
         f"With the gradient zeroed every step, the last {tail} steps of an epoch of softmax regression lose "
         f"{ends[0]:.3f} on average; with the line forgotten every step applies the sum of all gradients so far, and "
         f"they lose {ends[1]:.3g}.",
@@ -72,31 +71,28 @@ def scalar(figure: Figure, runs: Runs) -> Finding:
     except RuntimeError as error:
         refusal = str(error)
     require("scalar" in refusal, f"a vector's backward raised {refusal}")
-    one, several = panels(
-        figure, right="4 ranks, --tail ragged", xlabel=f"example of the last batch (n = {TAIL})", yscale="log",
-        ylabel="its weight in the step", ylim=(2e-3, 3),
-    )  # fmt: skip
     sizes = Config(tail="ragged").shards(BATCH + TAIL, 4).steps[-1].sizes
+    held = f"4 ranks hold {', '.join(map(str, sizes))}"
+    pair = panels(
+        figure, f"mean: {held}", f"sum: {held}", xlabel="example (its place in the last batch)",
+        ylabel="weight in the step (one process's = 1)", ylim=(0, 1.1),
+    )  # fmt: skip
     weights = {}
-    for index, (reduction, normalize) in enumerate(
-        (reduction, normalize) for reduction in get_args(Reduction) for normalize in get_args(Normalize)
-    ):
-        alone = applied_weights(reduction, normalize, losses, [TAIL])
-        weights[reduction, normalize] = dealt = applied_weights(reduction, normalize, losses, sizes)
-        if normalize == "global":
-            curve(one, index, range(1, TAIL + 1), alone.tolist(), reduction, marked=False)
-        curve(several, index, range(1, TAIL + 1), dealt.tolist(), f"{reduction}, {normalize}", marked=False)
+    for axes, reduction in zip(pair, get_args(Reduction), strict=True):
         exact = 1.0 if reduction == "sum" else 1 / TAIL
-        off = max(float((alone - exact).abs().max()), float((dealt - exact).abs().max()) * (normalize == "global"))
-        require(off < 1e-6, f"{reduction}, {normalize}: weights off by {off}")
-    legend(one, loc="center right")
-    legend(several, loc="center", bbox_to_anchor=(0.5, 0.44))
+        alone = applied_weights(reduction, "rank", losses, [TAIL])
+        off = float((alone / exact - 1).abs().max())
+        for index, normalize in enumerate(get_args(Normalize)):
+            dealt = weights[reduction, normalize] = applied_weights(reduction, normalize, losses, sizes) / exact
+            off = max(off, float((dealt - 1).abs().max()) * (normalize == "global"))
+            curve(axes, index, range(1, TAIL + 1), dealt.tolist(), f"{reduction}, {normalize}", marked=False)
+        require(off < 1e-6, f"{reduction}: weights off by {off}")
+        legend(axes, loc="center right", bbox_to_anchor=(1, 0.82))
     light, heavy, shared = (float(w) for w in (
-        weights["mean", "rank"].min() * TAIL, weights["mean", "rank"].max() * TAIL, weights["sum", "rank"].max(),
+        weights["mean", "rank"].min(), weights["mean", "rank"].max(), weights["sum", "rank"].max(),
     ))  # fmt: skip
     return Finding(
-        f"To make a scalar is to choose weights: 1/{TAIL} or 1 an example; a plain loop on 4 ranks "
-        f"turns them into {light:.3g}/n or {heavy:.3g}/n, and {shared:.2g}",
+        "The scalar decides what an example weighs",
         f'Back-propagating the vector is refused ("{refusal}"). Its mean gives each of the last batch\'s {TAIL} '
         f"examples a weight of 1/{TAIL}, its sum a weight of 1: autograd's own derivatives.",
         f"{len(sizes)} ranks that hold {', '.join(map(str, sizes))} examples: a mean by rank gives {light:.3g}/n to "
