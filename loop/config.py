@@ -161,8 +161,12 @@ class Config:
         return wanted
 
     def folder(self, world_size: int) -> Path:
-        """Return where the run is kept, if nothing of this name is there before it."""
-        return self.out / (self.run_name or self.default_run_name(world_size))
+        """Return where the run is kept, if nothing of this name is there before it; under --resume auto the latest."""
+        first = path = self.out / (self.run_name or self.default_run_name(world_size))
+        attempt = 2
+        while self.resume == "auto" and not self.run_name and (later := numbered(first, attempt)).exists():
+            path, attempt = later, attempt + 1
+        return path
 
     def default_run_name(self, world_size: int) -> str:
         """Return the run's mode in words, such as mean-global-spread-w2-b256; v8 in place of w2 with virtual ranks."""
@@ -285,6 +289,11 @@ def parse(args: list[str] | None = None, *, quiet: bool = False, default: Config
         console_outputs=not quiet,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def numbered(first: Path, attempt: int) -> Path:
+    """Return the folder of a default name's run, of which `first` is taken: -2, -3, ..."""
+    return first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
 
 
 def check_run_name(name: str) -> None:

@@ -21,6 +21,12 @@ def write_whole(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def remove_scratch(folder: Path) -> None:
+    """Remove what `write_whole` left in a folder when its process was killed; nobody may be writing there."""
+    for scratch in folder.glob(".*.????????"):
+        scratch.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Return when the disk holds a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -184,6 +184,15 @@ def test_effective_learning_rate(flags: dict[str, str], lr_effective: float) -> 
     assert effective_lr(Config(**flags), (4, 3, 0), world_size=3) == pytest.approx(lr_effective, rel=1e-12)
 
 
+def test_auto_goes_on_with_the_latest_run_of_a_default_name(tmp_path: Path) -> None:
+    first, auto = Config(out=tmp_path).folder(2), Config(out=tmp_path, resume="auto")
+    assert auto.folder(2) == first
+    for path in (first, first.with_name(f"{first.name}-2"), first.with_name(f"{first.name}-3")):
+        path.mkdir()
+        assert auto.folder(2) == path
+    assert Config(out=tmp_path, resume="auto", run_name=first.name).folder(2) == first
+
+
 FLAGS = sorted(f"--{name.replace('_', '-')}" for name in Config.__dataclass_fields__)
 VALUES = st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.sampled_from(["", "-1", "~"]))
 

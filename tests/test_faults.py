@@ -12,11 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 from torch.distributed import TCPStore
 
+from loop.run.folder import RunFolder, write_json
 from loop.run.watchdog import first_line, is_from_backend
 from scripts import soak
 from tests.conftest import mount
@@ -261,6 +263,25 @@ def test_a_file_system_without_flock_is_one_line_and_no_folder(tmp_path: Path, f
     )
     assert done.returncode == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_folder_without_flock_is_one_line(tmp_path: Path) -> None:
+    done = launch([PYTHON, "-c", NO_FLOCK], tmp_path, "--data-dir", str(tmp_path / "data"))
+    why = "its file system cannot lock files (flock: Function not implemented)"
+    assert done.stderr == (f"train.py: error: --data-dir {tmp_path / 'data'}: cannot keep Fashion-MNIST there: {why}\n")
+    assert done.returncode == 2
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = RunFolder(tmp_path / "run", new=True)
+    killed = mock.patch("loop.files.sync", side_effect=KeyboardInterrupt), mock.patch.object(Path, "unlink")
+    with killed[0], killed[1], pytest.raises(KeyboardInterrupt):
+        write_json(run.path / "config.json", {"wandb_id": "a"})
+    run.close()
+    assert len(list(run.path.glob(".config.json.*"))) == 1
+    RunFolder(run.path, new=False).close()
+    assert {path.name for path in run.path.iterdir()} == {".lock", "metrics.jsonl"}
 
 
 def test_a_run_folder_deleted_while_wandb_is_offline_is_one_line(tmp_path: Path) -> None:

@@ -118,8 +118,13 @@ def test_accelerate_launch_hands_its_precision_on_and_its_compiler_is_refused(tm
     assert not (tmp_path / "eager").exists()
 
 
+EMPTY = """
+import os, runpy
+os.environ |= {"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}
+runpy.run_path("train.py", run_name="__main__")
+"""
 LEFT_OVER = [  # what a shell may have left over, as (rank, world size) would be read from it; and what is said
-    ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but the number of ranks is 1: unset what another launch has left over"),
+    ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but no MASTER_ADDR: unset what another launch has left over"),
     ({"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1, but the number of ranks is 1: unset"),
     ({"RANK": "1"}, "RANK=1, but the number of ranks is 1: unset"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, but the number of ranks is 2: unset"),
@@ -148,6 +153,11 @@ def test_what_a_shell_has_left_over_is_named_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"train.py: error: {said}")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_variable_is_unset(tmp_path: Path) -> None:
+    done = launch([PYTHON, "-c", EMPTY], tmp_path, *TINY)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_argument_of_torchs_old_launcher_names_the_new_one() -> None:

@@ -99,7 +99,8 @@ def test_a_run_that_diverges_is_recorded_and_the_others_are_trained(tmp_path: Pa
     assert done.returncode == 1
     bad, good = (tmp_path / f"g-sum-global-ragged-w{world_size}-b256-lr{lr}" for lr in ("9e37", "1e-4"))
     reason = json.loads((bad / "failed.json").read_text())["reason"]
-    assert reason.startswith("the loss is nan") and not (bad / "summary.json").exists()
+    assert reason.startswith("the loss is nan") and reason.endswith("; ended after step 2"), "a whole sentence"
+    assert not (bad / "summary.json").exists()
     assert (good / "summary.json").exists() and not (good / "failed.json").exists()
     said = f"scripts.sweep: {bad} has failed: {reason}\n"
     assert done.stderr.endswith(said)

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loop.config import Config
+from loop.run.run import Run, Stopped
 from loop.run.stopping import StopSignal
 from tests.launches import PYTHON, kill, start
 
@@ -76,6 +78,25 @@ def test_train_sh_ends_with_the_message_and_the_signals_exit_code(tmp_path: Path
     command = f"bash scripts/train.sh {' '.join(flags[:-2])} --out {tmp_path} --run-name run --resume auto"
     assert last.endswith(f"is kept. To go on: {command}")
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "said"),
+    [
+        ([signal.SIGINT, 0, 0], "stopped by SIGINT"),
+        ([0, signal.SIGTERM, 0], "stopped by SIGTERM"),
+        ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], "stopped by SIGTERM"),
+    ],
+)
+def test_a_signal_is_told_by_its_name_on_the_ranks_that_did_not_have_it(of_ranks: list[int], said: str) -> None:
+    runs = [Run(Config()) for _ in of_ranks]
+    for run, signum in zip(runs, of_ranks, strict=True):
+        run.stop = StopSignal()
+        run.stop.signum = signum
+    for run in runs:
+        with pytest.raises(Stopped, match=said) as stopped:
+            run.decide(stops=sum(each.told_to_stop for each in runs), saved=True)
+        assert stopped.value.exit_code == 128 + signal.Signals[said.split()[-1]]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "-u"])

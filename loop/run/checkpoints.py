@@ -73,8 +73,8 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             folder.mkdir(exist_ok=True)
             scratch.mkdir()
-        # Each rank's sums and whether it had a signal, in one reduce, in which the others wait for the folder.
-        mine = [[*sums, float(run.told_to_stop)] for sums in self.progress.sums.shares]
+        # Each rank's sums and its signal, in one reduce, in which the others wait for the folder.
+        mine = [[*sums, run.told_to_stop] for sums in self.progress.sums.shares]
         of_ranks = torch.zeros(len(mine) * run.world_size, 4, dtype=widest(run.device), device=run.device)
         of_ranks[run.rank :: run.world_size] = torch.tensor(mine, dtype=of_ranks.dtype)
         run.watchdog.advance()

@@ -23,7 +23,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from loop.config import FASHION_MNIST, Config, InputError
 from loop.files import write_whole
@@ -87,7 +87,7 @@ def wait_for_fashion_mnist(data_dir: Path, idle_s: float = 60) -> None:
     raw, idle_since = raw_folder(data_dir), time.monotonic()
     while not _remembered(raw) and _problems(raw):
         try:
-            FileLock(_lock_path(data_dir)).acquire(timeout=0).lock.release()
+            acquire(_lock_path(data_dir), "", timeout=0).release()
         except Timeout:
             idle_since = time.monotonic()
         except OSError:

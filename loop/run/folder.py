@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loop.config import Config, InputError
-from loop.files import write_whole
+from loop.config import Config, InputError, numbered
+from loop.files import remove_scratch, write_whole
 
 FAILED = "failed.json"  # in place of a summary: why the training itself ended
 LOCK_S = 20  # ranks whose launcher was killed end within this time
@@ -32,10 +33,12 @@ class RunFolder:
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path, self.new = path, new
-        if not new and run_id_of(path) is None and {each.name for each in path.iterdir()} - {"metrics.jsonl", ".lock"}:
+        others = [each for each in path.iterdir() if each.name != "metrics.jsonl" and not each.name.startswith(".")]
+        if not new and run_id_of(path) is None and others:
             raise InputError(f"--resume: {path} has files, but no config.json: it is no run's folder")
         self.rows = (path / "metrics.jsonl").open("ab", buffering=0)  # else close() would try a failed write again
         self._lock()
+        remove_scratch(path)  # of a process that was killed, as the folder is locked
         known = run_id_of(path)
         if known is None and self.rows.tell():  # a run killed before it began has no row
             raise InputError(f"--resume: {path} has a metrics.jsonl, but no config.json: it is no run's folder")
@@ -50,8 +53,8 @@ class RunFolder:
             if self.new:
                 shutil.rmtree(self.path)
             raise InputError(
-                f"--out {self.path.parent}: two runs could mix there, because its file system cannot lock files "
-                f"(flock: {error.strerror}): choose a folder on another file system"
+                f"--out {self.path.parent}: two runs could mix there, because {error}: choose a folder on another file "
+                "system"
             ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -108,7 +111,7 @@ def open_run(config: Config, world_size: int) -> RunFolder:
     first = config.folder(world_size)
     attempt = 1
     while True:
-        path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
+        path = numbered(first, attempt)
         try:
             path.mkdir(parents=True)
         except OSError as error:
@@ -130,12 +133,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def acquire(path: Path, holder: str, timeout: float = -1) -> FileLock:
     """Return the file's lock, held by this process; after a second of waiting, print on stderr for whom it waits.
 
-    timeout: seconds, after which it raises Timeout; -1: none. Raises OSError where files cannot be locked.
+    timeout: seconds, after which it raises Timeout; -1: none; 0: it does not wait. Raises OSError where files cannot be
+    locked.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=min(1, timeout) if timeout >= 0 else 1)
-    except Timeout:
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise OSError(f"its file system cannot lock files (flock: {error.strerror})") from None
+        if timeout == 0 or not isinstance(error, Timeout):
+            raise
         print(f"train.py: waiting for {holder}", file=sys.stderr, flush=True)
         lock.acquire(timeout=timeout)
     return lock

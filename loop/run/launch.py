@@ -56,13 +56,18 @@ def reports_errors() -> bool:
 def check_launch(args: list[str]) -> None:
     """Raise InputError where the launcher's variables contradict each other, as what a shell has left over may do.
 
-    args: the command line.
+    args: the command line. An empty variable is unset: Accelerate would take it for a number.
     """
+    for name in (*WORLD_SIZE, *RANK, *LOCAL_RANK, *LOCAL_WORLD_SIZE):
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
     if any(arg.startswith(("--local-rank", "--local_rank")) for arg in args):
         raise InputError("`python -m torch.distributed.launch` adds --local-rank: use torchrun instead")
     world_size = launched_world_size()
     if world_size < 1:
         raise InputError(f"{_set(WORLD_SIZE)}={world_size}: unset it, or let a launcher set it")
+    if world_size == 1 and "LOCAL_RANK" in os.environ and "MASTER_ADDR" not in os.environ:
+        raise InputError("LOCAL_RANK is set, but no MASTER_ADDR: unset what another launch has left over in this shell")
     for names in (RANK, LOCAL_RANK, LOCAL_WORLD_SIZE):
         name, number = _set(names), _from_environment(names, 0)
         if number >= world_size + (names == LOCAL_WORLD_SIZE):

@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self, run: Run, updater: CellUpdater | Audited, progress: Progress) -> None:
         self.run, self.config, self.updater, self.progress = run, run.config, updater, progress
-        self.sums = progress.accumulator(4)  # of the step being logged: loss sum, correct, examples, ranks told to stop
+        self.sums = progress.accumulator(4)  # of the step being logged: loss sum, correct, examples, signals to stop
         self.worst: tuple[int, float] | None = None  # audited step, and its error
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.examples_before = progress.examples  # when this process began the epoch under way
@@ -61,7 +61,7 @@ class Recorder:
         """Add up the step that gets a row; after its last cell, log it. The progress has counted it by then."""
         due = self.config.logs(self.progress.step + (not cell.last))
         if due:
-            self.sums.add(loss_sum, correct, examples, cell.last and self.run.told_to_stop)
+            self.sums.add(loss_sum, correct, examples, self.run.told_to_stop if cell.last else 0.0)
         if cell.last:
             self.bar.update()
             audited = self.config.audits(self.progress.step, cell.step.sizes)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loop.idx import Size
 
 NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
+SIGTERMS = 2.0**20  # of one rank: more than all ranks' SIGINTs together
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy")
 
 
@@ -188,9 +189,9 @@ class Run:
             print(text, file=file, flush=True)
 
     @property
-    def told_to_stop(self) -> bool:
-        """Whether this rank had a signal."""
-        return self.stop.signum != 0
+    def told_to_stop(self) -> float:
+        """What this rank adds to a reduce's `stops`: 0 without a signal, 1 for SIGINT, SIGTERMS for SIGTERM."""
+        return {0: 0.0, signal.SIGINT: 1.0}.get(self.stop.signum, SIGTERMS)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows so far; on the main process."""
@@ -213,8 +214,8 @@ class Run:
     ) -> None:
         """Decide, from figures that are the same on every rank, whether the run goes on.
 
-        loss: any that was computed. stops: how many ranks had a signal: the run then saves a checkpoint, and stops when
-        it is `saved`. reading: an audit's, of a step.
+        loss: any that was computed. stops: the sum of all ranks' `told_to_stop`: where there is any, the run saves a
+        checkpoint, and stops when it is `saved`. reading: an audit's, of a step.
 
         Raises NotFinite, AuditFailed, Stopped.
         """
@@ -224,8 +225,8 @@ class Run:
             self._judge(reading, step)
         self.stopping = self.stopping or stops > 0
         if self.stopping and saved:
-            signum = self.stop.signum or signal.SIGTERM  # noted by another rank
-            why = "as the launcher is gone" if self.stop.orphaned else f"by {signal.Signals(signum).name}"
+            signum = signal.SIGTERM if stops >= SIGTERMS else signal.SIGINT
+            why = "as the launcher is gone" if self.stop.orphaned else f"by {signum.name}"
             stopped = Stopped(f"stopped {why}")
             stopped.exit_code = 128 + signum
             raise stopped
@@ -282,12 +283,13 @@ class Run:
         handled = together or self._report(error)
         if isinstance(error, RunEnded):
             self.exit_code = error.exit_code
+            reason = f"{error} after step {self.progress.step}"
             then = f" {self.how_to_go_on()}" if error.goes_on else ""
-            self.say(f"train.py: {error} after step {self.progress.step}.{then}", file=sys.stderr)
+            self.say(f"train.py: {reason}.{then}", file=sys.stderr)
             self.failed = not isinstance(error, Stopped)
             if self.failed and self.is_main:
                 with suppress(OSError):  # the line above has said it
-                    write_json(self.folder / FAILED, {"reason": str(error), "step": self.progress.step})
+                    write_json(self.folder / FAILED, {"reason": reason, "step": self.progress.step})
         elif error is None:
             self.exit_code = 0
         self.stop.handled.set()
