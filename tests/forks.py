@@ -2,7 +2,7 @@
 
 A test that starts train.py would pay torch's import, 2 to 5 s of the processor, each time; most tests are not about it.
 `Forked` is a `subprocess.Popen` whose program is forked from a server that has imported what every run imports, and
-nothing of this project's: it runs as by `python FILE` or `python -c CODE`.
+nothing of this project's: it runs as by `python FILE`, `python -c CODE` or `python -m MODULE`.
 """
 
 from __future__ import annotations
@@ -72,9 +72,12 @@ def _server(environ: tuple[tuple[str, str], ...]) -> socket.socket:
 
 def serve() -> None:
     """Fork programs as they are asked for on standard input, a socket."""
+    import accelerate  # noqa: F401
     import matplotlib.figure  # noqa: F401
+    import torch
     import tyro  # noqa: F401
 
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # the first optimizer imports torch._dynamo
     requests = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -128,6 +131,9 @@ def _program(words: list[str], environ: dict[str, str]) -> int:
         if words[0] == "-c":
             sys.path[0], sys.argv = "", ["-c", *words[2:]]
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif words[0] == "-m":
+            sys.path[0], sys.argv = os.getcwd(), words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0], sys.argv = str(Path(words[0]).resolve().parent), words
             runpy.run_path(words[0], run_name="__main__")
