@@ -24,9 +24,6 @@ class Watch(TorchDispatchMode):
 
     armed, seen = False, 0
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def arm(self, armed: bool) -> None:
         """Watch from here on, or no longer."""
         self.armed = armed
@@ -43,7 +40,8 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def steps_watched() -> Iterator[Watch]:
     """Arm a watch in every step of train.py's loop that gets no row, and while the next batch is made."""
-    watch, begin, after_cell = Watch(), CellUpdater.begin, Checkpoints.after_cell
+    begin, after_cell = CellUpdater.begin, Checkpoints.after_cell
+    watch = Watch()  # type: ignore[no-untyped-call]
 
     def watched_begin(updater: CellUpdater, X: Any, y: Any, cell: Any) -> None:
         begin(updater, X, y, cell)

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 LONGEST = (
     "readme_commands",
     "soak",
+    "parity",
     "tracking",
+    "virtual_ranks",
     "faults",
+    "copied",
+    "wandb_report",
+    "checkpoints",
     "train",
     "readme",
     "speed",

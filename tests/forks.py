@@ -132,7 +132,7 @@ def _program(words: list[str], environ: dict[str, str]) -> int:
             sys.path[0], sys.argv = "", ["-c", *words[2:]]
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         elif words[0] == "-m":
-            sys.path[0], sys.argv = os.getcwd(), words[1:]
+            sys.path[0], sys.argv = str(Path.cwd()), words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0], sys.argv = str(Path(words[0]).resolve().parent), words

@@ -54,7 +54,7 @@ def environment(**environ: str) -> dict[str, str]:
 def start(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess.Popen[str]:
     """Start a launch in the `environment`."""
     command, env = [*how, *flags, "--out", str(out)], environment(**environ)
-    if how[0] == PYTHON and how[1] != "-m":
+    if how[0] == PYTHON:
         return Forked(command, env)
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=env)
