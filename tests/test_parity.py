@@ -15,6 +15,7 @@ import torch
 
 from loop import audit, parity
 from tests import planted
+from tests.forks import Forked
 
 IN_THE_SUITE = {"wrong 1/W", "wrong means, adamw", "right tokens", "right accelerate", "wrong grew"}
 
@@ -248,8 +249,8 @@ def test_examples_are_hashed_as_the_audit_hashes_them() -> None:
     ],
 )
 def test_the_exit_code_of_the_command(words: str, code: int, said: str) -> None:
-    how = [sys.executable, "-m", "loop.parity", *words.split()]
-    ended = subprocess.run(how, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == code, ended.stderr
-    assert said in ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = Forked([sys.executable, "-m", "loop.parity", *words.split()], dict(os.environ))
+    stdout, stderr = ended.communicate(timeout=100)
+    assert ended.returncode == code, stderr
+    assert said in stdout + stderr
+    assert "Traceback" not in stderr
