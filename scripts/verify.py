@@ -58,6 +58,7 @@ WEIGHTS = {
     "the book's sgd": "--updater scratch --reduction sum",
 }
 LONG = "--train-examples 515 --batch-size 128 --epochs 400 --checkpoint-every 20"
+RESULT = Path("verify.json")
 TIMEOUT_S, NAMED_S, HANG_S, ROUNDS = 5, 15, 240, 10
 TABLE = "{:<44}{:<27}{:<32}{:<10}{}"
 
@@ -411,7 +412,7 @@ def main(flags: Flags) -> int:
     verdicts = [row.holds for row in verify.rows if row.holds is not None]
     last = "; ".join([f"{sum(verdicts)} of {len(verdicts)} claims hold", *left_out, *[stopped] * bool(stopped)])
     found = {"machine": machine, "rows": [asdict(row) for row in verify.rows], "result": last}
-    write_whole(Path("verify.json"), json.dumps(found, indent=1).encode())
+    write_whole(RESULT, json.dumps(found, indent=1).encode())
     print(last)
     return 130 if stopped else 0 if all(verdicts) else 1
 
