@@ -169,7 +169,7 @@ def make(names: Sequence[str], out: Path, whole: bool) -> int:
     studies = list(dict.fromkeys(study for name in names for study in NEEDS[name]))
     planned = {study: planned_runs(study, out) for study in studies}
     everything = [run for runs in planned.values() for run in runs]
-    fresh = whole and not any(sweep.is_finished(run) for run in everything)
+    fresh = whole and bool(everything) and not any(sweep.is_finished(run) for run in everything)
     if everything and (exit_code := sweep.run_all(everything, out, "gallery")):
         return exit_code
     runs = {study: read_runs(run.folder for run in members) for study, members in planned.items()}
