@@ -1,4 +1,4 @@
-"""The README's commands, as written, through a fresh shell in which the environment was activated: a dozen of 5 to 14 s."""
+"""The README's commands, as written, in a fresh shell in which the environment was activated: a dozen of 5 to 14 s."""
 
 from __future__ import annotations
 
