@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from loop.config import Config, InputError, parse
 from loop.files import write_whole
+from loop.parity import HangError, RankError, Ranks
 from loop.run.fetch import ensure_dataset
 from loop.run.launch import launched_rank
 from scripts import soak
@@ -247,12 +248,22 @@ class Verify:
 
     def launch(self, place: Place, runs: dict[str, str], *, timed: bool = False) -> dict[str, str]:
         """Train runs in one launch; return what its ranks measured beside them. Raises Failed."""
-        job = self.out / "job.json"
+        from scripts import verify  # by its name: this is __main__, which no rank can import
+
+        found: dict[str, str]
         lines = {name: self.line(place, name, flags) for name, flags in runs.items()}
-        job.write_text(json.dumps({"lines": lines, "place": place, "timed": timed}))
+        if not place.gpus:
+            try:
+                with Ranks(place.ranks, preload=["accelerate", "scripts.verify", "train"]) as ranks:
+                    found = ranks.run(verify.work, tuple(place), lines, timed, timeout=HANG_S)[0]
+            except (RankError, HangError) as error:
+                raise Failed(last_words(str(error))) from None
+            return found
+        job = self.out / "job.json"
+        job.write_text(json.dumps([place, lines, timed]))
         with self.started(place, "scripts.verify", ["--worker", str(job)]) as process:
             self.ended(process)
-        found: dict[str, str] = json.loads(job.with_suffix(".found").read_text())
+        found = json.loads(job.with_suffix(".found").read_text())
         return found
 
     @property
@@ -311,10 +322,10 @@ def last_words(text: str) -> str:
     return lines[-1] if lines else "no word"
 
 
-def work(job: Path) -> None:
-    """Train a job's runs on this rank, then time what it asks for; leave what was measured beside the job.
+def work(at: tuple[int, int], lines: dict[str, list[str]], timed: bool) -> dict[str, str]:
+    """Train runs on this rank, one after the other; return what was timed, if that is asked for.
 
-    Raises SystemExit where a run does not end well.
+    at: a Place. lines: train.py's command lines, by the run's name. Raises RuntimeError where a run ends badly.
     """
     from accelerate.state import AcceleratorState
 
@@ -322,21 +333,19 @@ def work(job: Path) -> None:
     from scripts.watch import steps_watched
     from train import fit
 
-    asked = json.loads(job.read_text())
-    ranks, gpus = asked["place"]
-    for name, line in asked["lines"].items():
+    place = Place(*at)
+    for name, line in lines.items():
         sys.argv = ["train.py", *line]
         AcceleratorState._reset_state()  # it would keep the first run's precision
-        with Run(parse(line), share_gpus=ranks > gpus) as run, steps_watched() if name == "waits" else nullcontext():
+        share = place.ranks > place.gpus > 0
+        with Run(parse(line), share_gpus=share) as run, steps_watched() if name == "waits" else nullcontext():
             fit(run.config, run)
         if run.exit_code:
-            sys.exit(run.exit_code)
-    found = time_loops(gpus, ranks) if asked["timed"] else {}
-    if launched_rank() == 0:
-        job.with_suffix(".found").write_text(json.dumps(found))
+            raise RuntimeError(f"{name}: exit code {run.exit_code}")
+    return time_loops(place) if timed else {}
 
 
-def time_loops(gpus: int, ranks: int) -> dict[str, str]:
+def time_loops(place: Place) -> dict[str, str]:
     """Return, on these ranks, an epoch over a bare loop's, taken in turns, and the latency of an all-reduce."""
     import torch
     import torch.distributed as dist
@@ -348,12 +357,12 @@ def time_loops(gpus: int, ranks: int) -> dict[str, str]:
     from scripts.cost_model import seconds
 
     AcceleratorState._reset_state()
-    setting = join(BenchFlags(device="cuda" if gpus else "cpu"), "softmax")
+    setting = join(BenchFlags(device="cuda" if place.gpus else "cpu"), "softmax")
     loops = {name: make for name, make in loops_of(setting, ()).items() if name in (BARE, OURS)}
     taken = take_turns(setting, loops, dict.fromkeys(loops, ROUNDS))
     ratio, low, high = interval([taken[OURS], taken[BARE]])
     found = {"an epoch, over a bare loop's": f"{ratio:.2f} ({low:.2f} to {high:.2f}, n = {ROUNDS})"}
-    if ranks > 1:
+    if place.ranks > 1:
         row = torch.zeros(3, dtype=torch.float64, device=setting.device)
 
         def reduce() -> None:
@@ -371,14 +380,16 @@ class Flags:
     only: tuple[Part, ...] = get_args(Part)
     """Parts to verify."""
     worker: Path | None = None
-    """Given by this program to the ranks it starts: train the runs of this file."""
+    """Given by this program to the ranks that it starts on GPUs: train the runs of this file."""
 
 
 @command
 def main(flags: Flags) -> int:
     """Verify, print, write verify.json; return 1 where a claim fails."""
     if flags.worker:
-        work(flags.worker)
+        found = work(*json.loads(flags.worker.read_text()))
+        if launched_rank() == 0:
+            flags.worker.with_suffix(".found").write_text(json.dumps(found))
         return 0
     if not flags.only:
         raise InputError(f"--only: choose among {', '.join(get_args(Part))}")
@@ -411,8 +422,8 @@ def main(flags: Flags) -> int:
             stopped = f"interrupted after {bar.n} of {len(steps)} launches"
     verdicts = [row.holds for row in verify.rows if row.holds is not None]
     last = "; ".join([f"{sum(verdicts)} of {len(verdicts)} claims hold", *left_out, *[stopped] * bool(stopped)])
-    found = {"machine": machine, "rows": [asdict(row) for row in verify.rows], "result": last}
-    write_whole(RESULT, json.dumps(found, indent=1).encode())
+    kept = {"machine": machine, "rows": [asdict(row) for row in verify.rows], "result": last}
+    write_whole(RESULT, json.dumps(kept, indent=1).encode())
     print(last)
     return 130 if stopped else 0 if all(verdicts) else 1
 
