@@ -63,6 +63,15 @@ class Run:
         return self.name if self.finished else f"{self.name} (unfinished)"
 
 
+def distance(run: Path, reference: Path) -> float:
+    """Return |a - b| / |b| over all parameters, in float64, of the final weights in two runs' folders."""
+    from safetensors.numpy import load_file
+
+    a, b = (load_file(folder / "model.safetensors") for folder in (run, reference))
+    gap = sum(float(((a[name].astype("d") - b[name]) ** 2).sum()) for name in b)
+    return math.sqrt(gap / sum(float((its.astype("d") ** 2).sum()) for its in b.values()))
+
+
 def read_runs(folders: Iterable[Path]) -> list[Run]:
     """Read runs, each folder once, and name them so that no two share a name; say on stderr what is left out.
 

@@ -44,6 +44,7 @@ from loop.run.launch import launched_rank
 from scripts import soak
 from scripts.command import command
 from scripts.machine import hardware, versions
+from scripts.runs import distance
 
 Part = Literal["weights", "bits", "audits", "resume", "waits", "lost", "parity", "speed"]
 ROUNDING = 1e-12
@@ -154,6 +155,11 @@ class Verify:
         """State that bytes are equal, or what of them is not."""
         self.state(claim, place, f"{' and '.join(different)} differ" if different else "equal", "equal", not different)
 
+    def same(self, claim: str, place: Place, run: str, reference: Path) -> None:
+        """State whether the weights of a run and of the one in a folder are the same bytes."""
+        a, b = ((folder / "model.safetensors").read_bytes() for folder in (self.folder(place, run), reference))
+        self.equal(claim, place, [] if a == b else ["weights"])
+
     def train(self, place: Place) -> None:
         """Train all of a place's runs in one launch, and judge them."""
         runs = runs_at(place, self.parts)
@@ -161,24 +167,24 @@ class Verify:
         first = Place(1, min(place.gpus, 1))
         if "softmax" in runs and place != Place(1):
             off = {name: distance(self.folder(place, name), self.folder(Place(1), name)) for name in WEIGHTS}
-            worst = max(off, key=lambda name: off[name])
+            worst = max(off, key=lambda name: math.inf if math.isnan(off[name]) else off[name])
             claim, found = f"float64 weights, {len(off)} trainings", f"{off[worst]:.1e} off ({worst})"
             self.state(claim, place, found, f"{ROUNDING}", off[worst] <= ROUNDING)
         if "bits" in runs and place != first:
-            self.equal("--virtual-ranks 8, the weights' bytes", place, self.different(place, "bits", first, "bits"))
+            self.same("--virtual-ranks 8, the weights' bytes", place, "bits", self.folder(first, "bits"))
         for precision, bound in BOUNDS.items():
             if precision in runs:
                 folder = self.folder(place, precision)
                 rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
                 errors = [row["audit/grad_rel_err"] for row in rows if "audit/grad_rel_err" in row]
                 skipped = json.loads((folder / "summary.json").read_text())["skipped_steps"]
-                worst_error = max(error for error in errors if math.isfinite(error) or not skipped)
+                finite = [error for error in errors if math.isfinite(error)]
+                worst_error = max(finite, default=math.inf)
                 found = f"{worst_error:.1e} off, {len(errors)} steps" + f", {skipped} skipped" * bool(skipped)
-                self.state(f"gradients audited, {precision}", place, found, f"{bound}", worst_error <= bound)
+                holds = worst_error <= bound and len(errors) - len(finite) == skipped
+                self.state(f"gradients audited, {precision}", place, found, f"{bound}", holds)
         if "audited" in runs:
-            self.equal(
-                "an audited run, its weights' bytes", place, self.different(place, "audited", place, "not audited")
-            )
+            self.same("an audited run, its weights' bytes", place, "audited", self.folder(place, "not audited"))
         for what, figure in measured.items():
             self.state(what, place, figure)
 
@@ -190,13 +196,15 @@ class Verify:
     def resume(self, place: Place) -> None:
         """Kill a run in mid-training, go on with it, and compare the end with an uninterrupted run's."""
         on_gpus = f"--virtual-ranks {place.ranks}" if place.gpus else ""  # which asks for deterministic algorithms
-        for name in ("whole", "cut", "cut"):
-            resuming = (self.folder(place, name) / "checkpoints").exists()
-            with self.started(place, "train", self.line(place, name, f"{LONG} {on_gpus} --resume auto")) as process:
-                if name == "whole" or resuming:
-                    self.ended(process)
-                else:
-                    self.has_a_checkpoint(process, self.folder(place, name))
+        whole, cut = (self.line(place, name, f"{LONG} {on_gpus} --resume auto") for name in ("whole", "cut"))
+        with self.started(place, "train", whole) as process:
+            self.ended(process)
+        with self.started(place, "train", cut) as process:
+            self.has_a_checkpoint(process, self.folder(place, "cut"))
+        if (self.folder(place, "cut") / "summary.json").exists():
+            raise Failed("the run ended before it could be killed")
+        with self.started(place, "train", cut) as process:
+            self.ended(process)
         claim = "a killed run that went on" + (", deterministic" if on_gpus else "")
         self.equal(claim, place, soak.compare(self.folder(place, "cut"), self.folder(place, "whole")))
 
@@ -235,11 +243,6 @@ class Verify:
     def folder(self, place: Place, run: str) -> Path:
         """Return where a run is."""
         return self.out / str(place) / run
-
-    def different(self, place: Place, run: str, reference_place: Place, reference: str) -> list[str]:
-        """Return ["weights"] where the files of two runs' weights differ."""
-        a, b = self.folder(place, run), self.folder(reference_place, reference)
-        return [] if (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes() else ["weights"]
 
     def line(self, place: Place, run: str, flags: str) -> list[str]:
         """Return train.py's command line for a run."""
@@ -305,15 +308,6 @@ class Verify:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(last_words(self.log.read_text()))
             time.sleep(0.05)
-
-
-def distance(run: Path, reference: Path) -> float:
-    """Return |a - b| / |b| over all parameters of two runs' final weights."""
-    from safetensors.numpy import load_file
-
-    a, b = (load_file(folder / "model.safetensors") for folder in (run, reference))
-    gap = sum(float(((a[name] - b[name]) ** 2).sum()) for name in b)
-    return math.sqrt(gap / sum(float((its**2).sum()) for its in b.values()))
 
 
 def last_words(text: str) -> str:
@@ -415,15 +409,16 @@ def main(flags: Flags) -> int:
                 bar.set_description(f"{step}, {place}")
                 try:
                     getattr(verify, step)(place)
-                except Failed as failed:
+                except (Failed, subprocess.TimeoutExpired) as failed:
                     verify.state(f"{step}: the ranks end well", place, str(failed), "no error", False)
                 bar.update()
         except KeyboardInterrupt:
             stopped = f"interrupted after {bar.n} of {len(steps)} launches"
-    verdicts = [row.holds for row in verify.rows if row.holds is not None]
-    last = "; ".join([f"{sum(verdicts)} of {len(verdicts)} claims hold", *left_out, *[stopped] * bool(stopped)])
-    kept = {"machine": machine, "rows": [asdict(row) for row in verify.rows], "result": last}
-    write_whole(RESULT, json.dumps(kept, indent=1).encode())
+        finally:  # after an error of this program, too
+            verdicts = [row.holds for row in verify.rows if row.holds is not None]
+            last = "; ".join([f"{sum(verdicts)} of {len(verdicts)} claims hold", *left_out, *[stopped] * bool(stopped)])
+            kept = {"machine": machine, "rows": [asdict(row) for row in verify.rows], "result": last}
+            write_whole(RESULT, json.dumps(kept, indent=1).encode())
     print(last)
     return 130 if stopped else 0 if all(verdicts) else 1
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from loop.config import Config
 from loop.run.launch import join_ranks
 from scripts import verify
-from scripts.verify import Failed, Place, Verify, distance, plan, runs_at
+from scripts.runs import distance
+from scripts.verify import Failed, Place, Verify, plan, runs_at
 
 ALL = verify.get_args(verify.Part)
 

@@ -23,6 +23,7 @@ from loop.nets import make_net
 from loop.reduction import Normalize, Reduction, cell_loss
 from loop.run.fetch import ensure_dataset
 from loop.shards import Shards, Tail
+from scripts import runs
 from scripts.runs import Run, read_config
 
 Runs = Mapping[str, Sequence[Run]]
@@ -67,15 +68,9 @@ def over(run: Run, axis: str, key: str) -> tuple[list[float], list[float]]:
     return [positions[examples] for examples, _ in run.curves[key]], [value for _, value in run.curves[key]]
 
 
-def weights_of(run: Run) -> Tensor:
-    """Return a run's final parameters in one vector, float64."""
-    return torch.cat([value.double().flatten() for value in load_file(run.folder / "model.safetensors").values()])
-
-
 def distance(run: Run, reference: Run) -> float:
     """Return |a - b| / |b| of two runs' final parameters."""
-    a, b = weights_of(run), weights_of(reference)
-    return float((a - b).norm() / b.norm())
+    return runs.distance(run.folder, reference.folder)
 
 
 def widest_gap(a: Sequence[float], b: Sequence[float]) -> float:
