@@ -128,29 +128,30 @@ class Ranks(AbstractContextManager["Ranks"]):
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """Call a function that can be imported by name on every rank; return the results in rank order.
 
-        Raises RankError with the words of the rank that failed first, HangError after `timeout` seconds.
+        Raises RankError with the words of the rank that failed first, or died; HangError after `timeout` seconds.
         """
         for pipe in self.pipes:
             with suppress(OSError):  # a rank that has ended is found below
                 pipe.send((function, args, timeout))
         answers: list[Any] = [None] * len(self.pipes)
-        errors: list[str] = []
+        failed: list[tuple[bool, str]] = []  # is the rank still alive, and its words
         silent: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         deadline = time.monotonic() + timeout + 1  # a second for each to write where it waits
         while silent and (ready := wait(list(silent), max(0, deadline - time.monotonic()))):
             for rank in map(silent.pop, ready):
+                alive = True
                 try:
                     answers[rank], error = self.pipes[rank].recv()
                 except (EOFError, OSError):
-                    self.usable = False
+                    self.usable = alive = False
                     self.processes[rank].join()
                     error = f"{self._words(rank)}\nended with exit code {self.processes[rank].exitcode}"
                 if error:
-                    errors.append(f"rank {rank} of {len(self.pipes)}: {error.strip()}")
+                    failed.append((alive, f"rank {rank} of {len(self.pipes)}: {error.strip()}"))
                     deadline = min(deadline, time.monotonic() + 1)  # the others may wait for this one for ever
         self.usable = self.usable and not silent
-        if errors:
-            raise RankError(errors[0])
+        if failed:  # collectives fail with a rank that has died, and may say so before its end is seen
+            raise RankError(min(failed, key=lambda each: each[0])[1])
         if silent:
             waits = (f"rank {r} has not ended after {timeout:g} s; it is in {self._where(r)}" for r in silent.values())
             raise HangError("\n".join(waits))

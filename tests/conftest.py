@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 LONGEST = (
     "readme_commands",
-    "soak",
     "parity",
     "tracking",
     "virtual_ranks",

@@ -52,6 +52,7 @@ got = net.weight.grad.clone()
 net.zero_grad()
 loss(net(x), y).backward()
 assert torch.allclose(got, net.weight.grad)
+net.zero_grad()
 """,
     "audit": """
 from audit import audit
@@ -97,12 +98,14 @@ def wrong(batches):
 )
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_file_that_was_copied_needs_torch_alone(name: str, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.py").write_bytes((LOOP / f"{name}.py").read_bytes())
-    ours = f"OURS = {{'{name}', 'mine', '__mp_main__'}}\n"
-    (tmp_path / "mine.py").write_text(ours + MINE)
-    (tmp_path / "program.py").write_text(ours + TORCH_ALONE + PROGRAMS[name])
+@pytest.mark.parametrize("names", [("reduction", "audit", "virtual_ranks"), ("parity",)], ids="-".join)
+def test_a_file_that_was_copied_needs_torch_alone(names: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("OURS = {'mine', 'parity', '__mp_main__'}\n" + MINE)
+    program = "OURS = set()\n" + TORCH_ALONE
+    for name in names:
+        (tmp_path / f"{name}.py").write_bytes((LOOP / f"{name}.py").read_bytes())
+        program += f"OURS = {{'{name}', 'mine', '__mp_main__'}}\n{PROGRAMS[name]}\nsys.modules.pop('{name}')\n"
+    (tmp_path / "program.py").write_text(program)
     how = [sys.executable, "program.py"]
     done = subprocess.run(how, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr

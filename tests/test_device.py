@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from loop.run.recorder import Recorder
 from loop.run.run import Run
 from loop.updater import make_updater
 from tests.forks import Forked
+from tests.launches import environment
 from tests.ranks import World
 
 META = torch.device("meta")
@@ -102,7 +102,7 @@ except ValueError as error:
     print(error)
 dist.destroy_process_group()
 """
-    theirs, ours = Forked([sys.executable, "-c", code], dict(os.environ)).communicate()[0].splitlines()
+    theirs, ours = Forked([sys.executable, "-c", code], environment()).communicate()[0].splitlines()
     assert theirs == "No backend type associated with device type cpu"
     assert ours == "cannot sum over ranks on cpu: the process group serves cuda:gloo only"
 

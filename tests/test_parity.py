@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from loop import audit, parity
 from tests import planted
 from tests.forks import Forked
+from tests.launches import environment
 
 IN_THE_SUITE = {"wrong 1/W", "wrong means, adamw", "right tokens", "right accelerate", "wrong grew"}
 
@@ -88,6 +90,7 @@ def test_a_loop_with_a_k_of_its_own_is_told_to_take_the_steps_it_is_dealt() -> N
     assert str(report).startswith("one process took 1 steps for 3 that it was dealt: take K from len(micro_batches)")
 
 
+@pytest.mark.slow  # 11 s
 def test_a_program_that_tests_itself_is_imported_afresh_on_each_rank(tmp_path: Path) -> None:
     """Its first lines read what torchrun sets, and bind torch's clipping."""
     (tmp_path / "mine.py").write_text("""
@@ -128,10 +131,12 @@ def test_ranks_that_each_take_all_examples_change_nothing_but_are_told() -> None
 
 
 def test_a_hang_is_cut_off_and_told_where_each_rank_waits() -> None:
-    report = parity.parity(planted.hangs, world_sizes=[2], timeout=8)
-    line, _, advice, more = str(report).splitlines()
-    assert re.fullmatch(r"W = 2: rank 0 has not ended after 8 s; it is in File .*planted.py., line \d+ in hangs", line)
-    assert "rank 1 has not ended after 8 s; it is in File" in str(report)
+    code, output = of_command("tests.planted:hangs --world-sizes 2 --timeout 6")
+    assert code == 1
+    line, other, advice, more = output.splitlines()
+    where = r"has not ended after 6 s; it is in File .*planted.py., line \d+ in hangs"
+    assert re.fullmatch(f"W = 2: rank 0 {where}", line)
+    assert re.fullmatch(f" *rank 1 {where}", other)
     assert advice.strip() == "Every rank must take as many steps and micro-batches as every other"
     assert more.strip() == "A training that takes longer needs a longer timeout"
 
@@ -152,7 +157,18 @@ def test_a_rank_that_ends_is_told_with_its_exit_code_and_last_words() -> None:
         ranks.run(ends)
 
 
-def ends() -> None:
+def test_a_rank_that_dies_is_told_before_those_that_fail_with_it() -> None:
+    with (
+        parity.Ranks(2) as ranks,
+        pytest.raises(parity.RankError, match="rank 1 of 2: at last\nended with exit code 7"),
+    ):
+        ranks.run(ends, 0.5)
+
+
+def ends(later: float = 0) -> None:
+    if os.environ["RANK"] == "0" and later:
+        raise ConnectionResetError
+    time.sleep(later)
     if os.environ["RANK"] == "1":
         print("at last", flush=True)
         os._exit(7)
@@ -243,14 +259,19 @@ def test_examples_are_hashed_as_the_audit_hashes_them() -> None:
     ("words", "code", "said"),
     [
         ("tests.planted:raises --world-sizes 1", 0, ""),
-        ("tests.planted:hangs --world-sizes 2 --timeout 6", 1, "W = 2: rank 0 has not ended"),
         ("tests.planted:nothing", 2, "parity: error: module 'tests.planted' has no attribute 'nothing'"),
         ("tests.planted", 2, "parity: error: tests.planted: not of the form module:name"),
     ],
 )
 def test_the_exit_code_of_the_command(words: str, code: int, said: str) -> None:
-    ended = Forked([sys.executable, "-m", "loop.parity", *words.split()], dict(os.environ))
-    stdout, stderr = ended.communicate(timeout=100)
-    assert ended.returncode == code, stderr
-    assert said in stdout + stderr
-    assert "Traceback" not in stderr
+    ended, output = of_command(words)
+    assert ended == code, output
+    assert said in output
+    assert "Traceback" not in output
+
+
+def of_command(words: str) -> tuple[int, str]:
+    """What `python -m loop.parity` ends with and prints."""
+    done = Forked([sys.executable, "-m", "loop.parity", *words.split()], environment())
+    stdout, stderr = done.communicate(timeout=100)
+    return done.returncode, stdout + stderr

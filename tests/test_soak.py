@@ -28,7 +28,10 @@ def test_the_soak_tells_a_run_that_differs(tmp_path: Path) -> None:
     assert soak.compare(tmp_path / "c", tmp_path / "b") == ["weights", "rows"]
 
 
-@pytest.mark.parametrize("flags", [["--kills", "0"], ["--world-size", "0"], ["--kills", "1", "--", "--net", "resnet"]])
+NO_NET = pytest.param(["--kills", "1", "--", "--net", "resnet"], marks=pytest.mark.slow)  # 15 s
+
+
+@pytest.mark.parametrize("flags", [["--kills", "0"], ["--world-size", "0"], NO_NET])
 def test_bad_flags_end_it(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = soak.main(flags)

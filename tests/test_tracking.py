@@ -391,13 +391,14 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
+SIGNALS = [(signal.SIGTERM, 1, 2), (signal.SIGTERM, 0, 1), (signal.SIGINT, 0, 2)]
+
+
 @pytest.mark.parametrize(
     ("signum", "rank", "ranks"),
     [
         (signal.SIGINT, 0, 1),
-        (signal.SIGTERM, 1, 2),
-        pytest.param(signal.SIGTERM, 0, 1, marks=pytest.mark.slow),  # 9 s
-        pytest.param(signal.SIGINT, 0, 2, marks=pytest.mark.slow),  # 10 s
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SIGNALS),  # 9 to 14 s each
     ],
 )
 def test_a_signal_stops_all_ranks_with_every_row_on_disk(tmp_path: Path, signum: int, rank: int, ranks: int) -> None:
