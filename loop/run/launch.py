@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def reports_errors() -> bool:
 
 
 def check_launch(args: list[str]) -> None:
-    """Raise InputError where the launcher's variables contradict each other, as what a shell has left over may do.
+    """Raise InputError where the launcher has died, or its variables contradict each other, as left over in a shell.
 
     args: the command line. An empty variable is unset: Accelerate would take it for a number.
     """
@@ -75,6 +76,14 @@ def check_launch(args: list[str]) -> None:
                 f"{name}={number}, but the number of ranks is {world_size}: unset what another launch has left over in "
                 f"this shell, or use {HOW_TO_LAUNCH.removeprefix('use ')}"
             )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Where the launcher died while this process was starting, its parent is another already: the store shows it.
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        try:
+            socket.create_connection((address, port), timeout=30).close()
+        except OSError as error:
+            told = f"the launcher's store at {address}:{port} is gone, and maybe the launcher: {error}"
+            raise InputError(told) from None
 
 
 def launched_world_size() -> int:
