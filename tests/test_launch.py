@@ -17,7 +17,7 @@ import train
 from loop.config import Config, InputError, parse
 from loop.run.launch import HOW_TO_CONFIGURE, check_launch
 from loop.run.run import Run
-from tests.launches import PYTHON, free_port, launch
+from tests.launches import PYTHON, forked_ranks, free_port, launch
 
 TINY = ["--cpu", "--train-examples", "300", "--epochs", "1", "--wandb", "disabled", "--run-name", "run"]
 
@@ -158,6 +158,26 @@ def test_what_a_shell_has_left_over_is_named_in_one_line(
 def test_an_empty_variable_is_unset(tmp_path: Path) -> None:
     done = launch([PYTHON, "-c", EMPTY], tmp_path, *TINY)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+TWO_RUNS = """
+import atexit, sys
+import torch.distributed as dist
+atexit.register(lambda: print("at the end:", dist.is_initialized()))  # and so called after what a run registers
+import train
+from loop.config import parse
+for name in ("one", "two"):
+    train.train(parse([*sys.argv[1:], "--run-name", name]))
+    print(f"after run {name}:", dist.is_initialized())
+"""
+
+
+def test_the_process_group_outlives_a_run_and_is_destroyed_with_the_process(tmp_path: Path) -> None:
+    (tmp_path / "two_runs.py").write_text(TWO_RUNS)
+    done = launch([*forked_ranks(2)[:-1], str(tmp_path / "two_runs.py")], tmp_path, *TINY)
+    assert done.returncode == 0, done.stderr
+    for said in ("after run one: True", "after run two: True", "at the end: False"):
+        assert done.stdout.count(said) == 2
 
 
 def test_the_argument_of_torchs_old_launcher_names_the_new_one() -> None:
