@@ -73,6 +73,7 @@ class Recorder:
     def _log_step(self, sizes: tuple[int, ...], due: bool, audited: bool) -> None:
         stops, row = 0.0, self._numbered({})
         if due:
+            self.run.watchdog.advance()  # this rank has come to where it waits for the others
             self.sums.all_reduce(self.run.device)
             loss, acc, stops = self.sums[0] / self.sums[2], self.sums[1] / self.sums[2], self.sums[3]
             self.sums.reset()
