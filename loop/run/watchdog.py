@@ -1,10 +1,10 @@
 """Which rank failed: each rank writes beats to the launcher's store, and a rank that waits too long reads the others'.
 
 A collective that fails names no rank, one that waits prints nothing, and NCCL answers its time-out by SIGABRT. So a
-thread on each rank writes a beat once a second, with its rank's progress (forward passes, rows, parts of a save). Where its
-rank has made no progress for `timeout_s`, the thread reads the others' beats: a rank without beats is dead, stopped or
-cut off; a rank that beats but is behind hangs. Ranks that are all equally far are slow together, and are left alone.
-The first rank that finds a cause reports it; the others end when they read that it has.
+thread on each rank writes a beat once a second, with its rank's progress (forward passes, rows, parts of a save).
+Where its rank has made no progress for `timeout_s`, the thread reads the others' beats: a rank without beats is dead,
+stopped or cut off; a rank that beats but is behind hangs. Ranks that are all equally far are slow together, and are
+left alone. The first rank that finds a cause reports it; the others end when they read that it has.
 """
 
 from __future__ import annotations
