@@ -40,7 +40,7 @@ def bits(figure: Figure, runs: Runs) -> Finding:
         axes.set_yscale("symlog", linthresh=1e-8, subs=[1])
         axes.set_yticks([0, 1e-8, 1e-6, 1e-4, 1e-2, 1])
         axes.set_ylim(-1e-9, 3)
-        legend(axes, loc="center right")
+        legend(axes, loc="upper left")
     last = {key: values[-1] for key, values in far.items()}
     virtual = [value for (name, _), off in far.items() if name == "--virtual-ranks 8" for value in off]
     require(max(virtual) == 0 < last["global", 2] < 1e-3 < last["a plain loop", 2], f"in the end {last}")
