@@ -23,8 +23,8 @@ from loop.nets import make_net
 from loop.reduction import Normalize, Reduction, cell_loss
 from loop.run.fetch import ensure_dataset
 from loop.shards import Shards, Tail
-from scripts import runs
 from scripts.runs import Run, read_config
+from scripts.runs import distance as between_folders
 
 Runs = Mapping[str, Sequence[Run]]
 BATCH, LR = Config().batch_size, Config().learning_rate
@@ -70,7 +70,7 @@ def over(run: Run, axis: str, key: str) -> tuple[list[float], list[float]]:
 
 def distance(run: Run, reference: Run) -> float:
     """Return |a - b| / |b| of two runs' final parameters."""
-    return runs.distance(run.folder, reference.folder)
+    return between_folders(run.folder, reference.folder)
 
 
 def widest_gap(a: Sequence[float], b: Sequence[float]) -> float:
