@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 from torch.distributed import TCPStore
 
+from loop.run.watchdog import Watchdog
 from tests.forks import Forked
 from tests.launches import PYTHON, environment
 
@@ -83,3 +85,19 @@ def test_one_rank_names_who_is_lost_and_ranks_that_are_slow_together_are_left_al
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+def test_a_look_that_the_end_of_training_overtakes_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank's beats end with the training, while this one listens for them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr("loop.run.watchdog.BEAT_S", 0.1)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    named: list[str | None] = []
+    watchdog = Watchdog(0, 2, timeout_s=0, on_lost=named.append)
+    looking = threading.Event()
+    monkeypatch.setattr(watchdog, "_read", lambda: looking.set() or [(7, 4), (7, 4)])
+    with watchdog:
+        assert looking.wait(10)
+    watchdog.threads[1].join(10)
+    assert named == []

@@ -174,6 +174,8 @@ class Watchdog:
                 continue
             cause = self.cause()
             looked = time.monotonic()
+            if self.ended.is_set():
+                return  # and so may the others' beats
             if cause and self.moves == moves and self.ending.acquire(blocking=False):
                 self.on_lost(cause if self._in_time(self._claim, otherwise=True) else None)
 
