@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-READ_AT_IMPORT = ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY", "PYTHONPATH")
+READ_AT_IMPORT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY", "PYTHONPATH")
 SERVE = "from tests.forks import serve; serve()"
 
 

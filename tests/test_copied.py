@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -11,20 +11,15 @@ from pathlib import Path
 import pytest
 
 from loop import virtual_ranks
+from tests.forks import Forked
+from tests.launches import environment
 
 LOOP = Path(__file__).parent.parent / "loop"
-TORCH_ALONE = """
-import sys
+SETTING = """
 import torch
-import torch.nn.parallel
 net, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # which imports what torch itself needs
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 x, y = torch.ones(16, 3), torch.arange(16) % 2
-class TorchAlone:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch", *OURS}:
-            raise ImportError(name)
-sys.meta_path.insert(0, TorchAlone())
 """
 of_virtual_ranks = inspect.cleandoc(virtual_ranks.__doc__ or "")
 LOOP_OF_VIRTUAL_RANKS = textwrap.dedent(
@@ -71,14 +66,14 @@ if __name__ == "__main__":
     assert report.causes == {3: ["the gradient is 1/W of the right one: divided by W twice"]}, report
 """,
 }
-MINE = (
-    TORCH_ALONE
-    + """
+MINE = """
+import os
+import torch
 import torch.distributed as dist
 def train(batches, factor):
     torch.manual_seed(0)
     net, world_size = torch.nn.Linear(3, 2).double(), 1
-    if int(__import__("os").environ["WORLD_SIZE"]) > 1:
+    if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
         net = torch.nn.parallel.DistributedDataParallel(net)
         world_size = dist.get_world_size()
@@ -95,17 +90,25 @@ def right(batches):
 def wrong(batches):
     return train(batches, False)
 """
-)
 
 
-@pytest.mark.parametrize("names", [("reduction", "audit", "virtual_ranks"), ("parity",)], ids="-".join)
-def test_a_file_that_was_copied_needs_torch_alone(names: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("OURS = {'mine', 'parity', '__mp_main__'}\n" + MINE)
-    program = "OURS = set()\n" + TORCH_ALONE
-    for name in names:
-        (tmp_path / f"{name}.py").write_bytes((LOOP / f"{name}.py").read_bytes())
-        program += f"OURS = {{'{name}', 'mine', '__mp_main__'}}\n{PROGRAMS[name]}\nsys.modules.pop('{name}')\n"
-    (tmp_path / "program.py").write_text(program)
-    how = [sys.executable, "program.py"]
-    done = subprocess.run(how, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_that_was_copied_works_where_it_lies(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / f"{name}.py").write_bytes((LOOP / f"{name}.py").read_bytes())
+    (tmp_path / "program.py").write_text(SETTING + PROGRAMS[name])
+    done = Forked([sys.executable, str(tmp_path / "program.py")], environment())
+    assert done.communicate(timeout=100)[1] == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_to_copy_imports_torch_alone(name: str) -> None:
+    """Anywhere in it, in a function too."""
+    imported = set()
+    for node in ast.walk(ast.parse((LOOP / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("." * node.level + (node.module or "").partition(".")[0])
+    assert imported - sys.stdlib_module_names == {"torch"}

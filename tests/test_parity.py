@@ -131,10 +131,10 @@ def test_ranks_that_each_take_all_examples_change_nothing_but_are_told() -> None
 
 
 def test_a_hang_is_cut_off_and_told_where_each_rank_waits() -> None:
-    code, output = of_command("tests.planted:hangs --world-sizes 2 --timeout 6")
+    code, output = of_command("tests.planted:hangs --world-sizes 2 --timeout 3")
     assert code == 1
     line, other, advice, more = output.splitlines()
-    where = r"has not ended after 6 s; it is in File .*planted.py., line \d+ in hangs"
+    where = r"has not ended after 3 s; it is in File .*planted.py., line \d+ in hangs"
     assert re.fullmatch(f"W = 2: rank 0 {where}", line)
     assert re.fullmatch(f" *rank 1 {where}", other)
     assert advice.strip() == "Every rank must take as many steps and micro-batches as every other"

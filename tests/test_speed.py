@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -19,9 +18,10 @@ import train
 from loop.config import parse
 from scripts.bench import __main__ as bench
 from scripts.watch import Watch, steps_watched
+from tests.forks import Forked
+from tests.launches import PYTHON, environment
 from tests.ranks import World
 
-AS_AT_FIRST = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # glibc's, before it adapts to what has been freed
 TINY = ["--examples", "600", "--rounds", "2", "--slow-rounds", "1", "--workers", "0"]
 
 
@@ -48,7 +48,8 @@ def test_no_step_between_log_steps_waits_for_the_device(flags: list[str], tmp_pa
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
     code = (
-        "import resource, sys, torch; from loop.run.launch import keep_freed_memory\n"
+        "import ctypes, resource, sys, torch; from loop.run.launch import keep_freed_memory\n"
+        "ctypes.CDLL(None).mallopt(-3, 2**17)\n"  # glibc's threshold, before it adapts to what has been freed
         "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for i in range(10):\n"
@@ -57,9 +58,7 @@ def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
     )
     taken = {}
     for how in ("keep", "plain"):
-        command = [sys.executable, "-c", code, how]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **AS_AT_FIRST})
-        taken[how] = int(done.stdout)
+        taken[how] = int(Forked([PYTHON, "-c", code, how], environment()).communicate()[0])
     assert taken["keep"] < taken["plain"] / 10
 
 

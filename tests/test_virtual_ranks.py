@@ -166,7 +166,8 @@ def test_ranks_that_do_not_divide_and_cells_that_are_missing_are_refused(world: 
         shares.reduce()
 
 
-@pytest.mark.parametrize("told", [pytest.param("", marks=pytest.mark.slow), "3"])  # 7 s each
+@pytest.mark.slow  # 7 s each
+@pytest.mark.parametrize("told", ["", "3"])
 def test_a_rank_computes_in_one_thread_whatever_the_environment_says(tmp_path: Path, told: str) -> None:
     """Where it says nothing, Accelerate divides the cores by the ranks."""
     program = tmp_path / "on_64_cores.py"

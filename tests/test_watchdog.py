@@ -91,6 +91,7 @@ def test_a_look_that_the_end_of_training_overtakes_names_nobody(monkeypatch: pyt
     """The other rank's beats end with the training, while this one listens for them."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr("loop.run.watchdog.BEAT_S", 0.1)
+    monkeypatch.setattr("loop.run.watchdog.LISTEN_S", 0.5)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
         monkeypatch.setenv(name, value)
     named: list[str | None] = []
