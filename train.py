@@ -4,7 +4,7 @@
     scripts/train.sh --reduction mean                                 all GPUs, or 2 CPU ranks; installs what is missing
     accelerate launch train.py --reduction mean                       as your `accelerate config` says
     accelerate launch --multi_gpu --num_processes 4 train.py          4 ranks, on GPUs or on CPUs
-    torchrun --nproc_per_node 4 train.py --net lenet                  the same
+    torchrun --nproc_per_node 4 train.py --net lenet                  the same, with another net
     scripts/cluster/multinode.sh, scripts/cluster/slurm.sbatch                        several machines
     python train.py --resume auto                                     goes on after whatever ended it
     python train.py --help                                            every flag

@@ -1,1 +1,1 @@
-"""The training loop, a room per idea. Imports nothing: `loop.shards` and `loop.reduction` are used without torch."""
+"""The training loop, one file per idea. Imports nothing: `loop.shards` and `loop.reduction` are used without torch."""

@@ -32,7 +32,7 @@ A loss that joins examples of several ranks (a contrastive loss over gathered em
 reference adds up what each rank computes alone.
 
 A rightly reduced gradient is off by rounding alone: on the book's nets, 256 examples, W = 2, by 2e-16 in float64, 1e-7
-in float32, 4e-3 under bf16's autocast. tests/test_audit.py bounds them by 1e-12, 1e-5 and 2e-2.
+in float32, 4e-3 under bf16's autocast; the project's tests bound them by 1e-12, 1e-5 and 2e-2.
 
 From chapter3-data-parallel, under the MIT licence: copyright (c) 2026, the authors of that project.
 """
@@ -185,7 +185,7 @@ class Audit:
         if any(grad.layout != torch.strided for grad in grads):
             self.fault = "sparse gradients cannot be audited: build the embedding with sparse=False"
             return
-        self.total += torch.where(n == 0, 0.0, _flat(grads))  # a mean over none is no number
+        self.total += torch.where(n == 0, 0.0, _flat(grads))  # a mean over none is NaN
         self.n += n
 
     def compare(self, divisor: float = 1) -> None:
@@ -246,7 +246,7 @@ class Audit:
         return Shown(len(shown), len(shown) - len(set(shown)), same_order)
 
     def worst(self) -> Reading:
-        """Return the collected reading with the largest error; one that is no number counts as infinite."""
+        """Return the collected reading with the largest error; NaN counts as infinite."""
         if not self.readings:
             raise ValueError("no step was compared: call saw() in each step to be audited, before it is taken")
         return max(self.readings, key=lambda reading: or_infinite(reading.grad_rel_err))
@@ -312,7 +312,7 @@ def _refuse_unrepeatable(module: nn.Module) -> None:
 
 
 def _worst(ranks: Tensor) -> Reading:
-    """Return the readings of the rank whose error is the largest, with the largest drift of any. ranks: (W, 4)."""
+    """Return the reading of the rank whose error is the largest, with the largest drift of any. ranks: (W, 4)."""
     worst = int(ranks[:, 0].nan_to_num(nan=torch.inf).argmax())
     error, cosine, scale, _ = ranks[worst].tolist()
     return Reading(error, cosine, scale, float(ranks[:, 3].max()), worst)
@@ -394,7 +394,7 @@ def _hashes(tensors: list[Tensor]) -> Tensor:
 
 
 def or_infinite(error: float) -> float:
-    """Return the error, or infinity for one that is no number."""
+    """Return the error, or infinity for NaN."""
     return math.inf if math.isnan(error) else error
 
 

@@ -36,7 +36,7 @@ Batches = Iterable[Any]  # of (X, y), or of (X, y, cell)
 class Accumulator:
     """n running sums (d2l 3.6.5) of numbers or one-element tensors, read as floats.
 
-    Adding never waits for the device: tensors are added up there, in float64, until a sum is read.
+    Adding never waits for the device: tensors are added up there, in its widest float, until a sum is read.
     """
 
     def __init__(self, n: int) -> None:
@@ -110,7 +110,7 @@ def sgd(params: Iterable[Tensor], lr: float, batch_size: int) -> None:
 
 
 class Observer(Protocol):
-    """What follows a training: the loop calls it with all that it knows."""
+    """Is told of each batch and each epoch of a training."""
 
     def after_cell(self, *cell_and_sums: Any) -> None:
         """Note a batch: (cell, loss sum, correct, examples), without the cell where the batch came without."""
@@ -270,7 +270,7 @@ def unmet_thresholds(train_loss: float, train_acc: float, test_acc: float) -> li
 
 
 def _loss_sum(l: Tensor, y: Tensor, loss: Loss, mean: bool = True) -> Tensor | float:
-    """Return the sum of a batch's losses, of one loss an example or regained from their mean (`float(l) * len(y)`).
+    """Return the sum of a batch's losses, of one loss an example or recovered from their mean (`float(l) * len(y)`).
 
     mean: whether a scalar is a mean where the loss names no reduction.
     """

@@ -20,7 +20,7 @@ from loop.shards import Shards, Tail
 
 DEFAULT_SGD_LR = {"softmax": 0.1, "mlp": 0.1, "lenet": 0.9}  # the book's
 DEFAULT_ADAM_LR = 1e-3
-FLOAT32 = 1e38  # what a float32 holds, about
+FLOAT32 = 1e38  # roughly the largest float32
 FASHION_MNIST = "fashion-mnist"
 
 
@@ -45,7 +45,7 @@ def launched_precision() -> MixedPrecision:
 
 @dataclass(frozen=True)
 class Config:
-    """The training loop of Dive into Deep Learning, chapter 3, data-parallel and exact over any number of ranks."""
+    """The training loop of Dive into Deep Learning, chapter 3, data-parallel: on any number of ranks one process's."""
 
     reduction: Reduction = "mean"
     """Back-propagate the mean or the sum of the losses of a step."""

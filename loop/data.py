@@ -86,7 +86,8 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
 class TrainBatches:
     """One rank's cells of every step, as (X, y, cell); each pass is the rest of the epoch in which `progress` stands.
 
-    X: floats (n_local, 1, 28, 28). y: int64 (n_local,). cell: which share of which step they are (loop/shards.py).
+    X: floats (B, 1, 28, 28). y: int64 (B,). cell: which share of which step they are (loop/shards.py).
+    Where nothing advances `progress`, each pass is the first epoch's.
     """
 
     def __init__(self, split: Split, shards: Shards, rank: int = 0, seed: int = 0, progress: Progress | None = None):

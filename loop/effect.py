@@ -16,8 +16,9 @@ from loop.reduction import Normalize, Reduction, cell_scale
 class Effect(NamedTuple):
     """What a mode does to a step.
 
-    lightest, heaviest: weight of an example, times n. length: of the step, over the exact mean's. lr_effective: see
-    `effective_lr`. drifts: whether the ranks' updaters divide by different numbers.
+    lightest, heaviest: weight of an example, times n. length: of the step, over the exact mean's. lr_effective: the
+    learning rate at which plain one-process mean SGD would take a step as long (meaningful where `steps_by_lr` holds).
+    drifts: whether the ranks' updaters divide by different numbers; the other figures are rank 0's then.
     """
 
     lightest: float
@@ -31,7 +32,7 @@ def effect(config: Config, sizes: Sequence[int], world_size: int) -> Effect:
     """Return what the configuration's mode does to a step of these sizes."""
     n, weights = sum(sizes), applied_weights(config, sizes, world_size)
     applied = [weight * n for weight, size in zip(weights, sizes, strict=True) if size]
-    length = _length(weights, sizes)
+    length = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
     drifts = len(set(divisors(config, sizes, world_size))) > 1
     return Effect(min(applied), max(applied), length, config.learning_rate * length, drifts)
 
@@ -50,8 +51,9 @@ def example_weights(reduction: Reduction, normalize: Normalize, sizes: Sequence[
 def sgd_divisor(reduction: Reduction, normalize: Normalize, *, n_last: int, n_global: int) -> int:
     """Return what the book's `sgd(params, lr, batch_size)` is to divide by; 0 means: make no update.
 
-    After a mean loss nothing is left to divide by. After a sum, `global` divides by n on every rank: the exact mean;
-    `rank` by the rank's own last micro-batch, n_last: where those differ the replicas drift apart.
+    After a sum, `global` divides by n on every rank, which gives the exact mean; `rank` by the rank's own last
+    micro-batch, n_last: where those differ the replicas drift apart. After a mean loss nothing is left to divide by,
+    but under `rank` a rank whose last micro-batch is empty makes no update, as a plain loop would not come to it.
     """
     if normalize == "global":
         return n_global if reduction == "sum" else 1
@@ -80,15 +82,3 @@ def target_reduction(config: Config) -> Reduction:
 def steps_by_lr(config: Config) -> bool:
     """Whether a step's length is the learning rate times the gradient's: not under Adam, AdamW or clipping."""
     return config.optimizer == "sgd" and config.clip_norm is None
-
-
-def effective_lr(config: Config, sizes: Sequence[int], world_size: int) -> float:
-    """Return the learning rate at which plain one-process mean SGD would take a step as long as this one.
-
-    Meaningful where `steps_by_lr` holds. Where the scratch updater's ranks differ, it is rank 0's.
-    """
-    return config.learning_rate * _length(applied_weights(config, sizes, world_size), sizes)
-
-
-def _length(weights: Sequence[float], sizes: Sequence[int]) -> float:
-    return sum(weight * size for weight, size in zip(weights, sizes, strict=True))

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from loop.config import FASHION_MNIST, InputError
 
 IMAGE_SIZE = 28
-FEWEST_CLASSES = 10  # of the nets, whatever the labels
+FEWEST_CLASSES = 10  # the nets have as many outputs, even for fewer labels
 UNREADABLE = (OSError, EOFError, zlib.error)  # what a missing, forbidden, truncated or corrupted file raises
-HALVES = {"train": ("train",), "test": ("test", "t10k")}  # how a half is called in the names of its files
+HALVES = {"train": ("train",), "test": ("test", "t10k")}  # what a half is called in the names of its files
 KINDS = {"images": 3, "labels": 1}  # the number of dimensions of each
 TYPES = {
     8: "unsigned bytes", 9: "signed bytes", 11: "16-bit integers", 12: "32-bit integers", 13: "32-bit floats",

@@ -1,4 +1,4 @@
-"""The book's three networks for 28 x 28 grey images: softmax regression, a perceptron, LeNet."""
+"""The book's three networks for 28 x 28 grey images: softmax regression, a multilayer perceptron, LeNet."""
 
 from __future__ import annotations
 

@@ -580,7 +580,7 @@ def _off_by(ranks: Sequence[Trained], one: Trained) -> dict[What, float]:
 
 
 def _off(a: Tensor, b: Tensor) -> float:
-    """Return |a - b| / |b|; infinite where they have other shapes, or one is no number."""
+    """Return |a - b| / |b|; infinite where their shapes differ, or one is NaN."""
     if a.shape != b.shape:
         return float("inf")
     off = float((a - b).norm() / b.norm()) if b.norm() else float(a.norm() > 0)

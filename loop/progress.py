@@ -53,8 +53,8 @@ class Progress:
     """A run's position, between two steps; the loop's first observer.
 
     epoch: the one under way, from 1. epoch_steps: how many of its steps are taken. step, examples: over the whole run.
-    skipped_steps: by the fp16 scaler. sums: (loss sum, correct, examples) of the epoch so far, on this rank; at its end
-    of all ranks, until `after_epoch`. test_sums: the same of its evaluation. accumulator: makes such sums, n of them.
+    skipped_steps: by the fp16 scaler. sums: (loss sum, correct, examples) of the epoch so far, on this rank; after
+    its last step over all ranks, until `after_epoch`. test_sums: the same of its evaluation. accumulator: makes n sums.
     """
 
     def __init__(self, accumulator: Callable[[int], Accumulator] = Accumulator) -> None:

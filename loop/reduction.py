@@ -7,12 +7,12 @@ number `averaged_over`. A cell that back-propagates s_rk Σ l contributes s_rk /
 so its scale s_rk decides everything:
 
     reduction  normalize  s_rk                the step applies
-    mean       rank       1 / n_rk            (1/WK) Σ_rk (1/n_rk) Σ g    a mean of means
+    mean       rank       1 / n_rk            1/(W K) Σ_rk (1/n_rk) Σ g   a mean of means
     mean       global     averaged_over / n   (1/n) Σ g                   the mean
-    sum        rank       1                   (1/WK) Σ g                  neither the sum nor the mean
+    sum        rank       1                   1/(W K) Σ g                 neither the sum nor the mean
     sum        global     averaged_over       Σ g                         the sum
 
-The last column is for averaged_over = W K, as in `Accelerator.backward`; under DDP alone WK is W there.
+The last column is for averaged_over = W K, as in `Accelerator.backward`; under DDP alone W K is W there.
 
 The file needs nothing but torch and is made to be copied. In a loop of your own, with W ranks under DDP:
 
@@ -67,7 +67,7 @@ def cell_loss(
 
     losses: per-example (or per-token) losses of this cell, any shape, possibly empty; already weighted, 0 where masked.
     n_global: examples (or summed weights) of the whole step, over all ranks and micro-batches.
-    averaged_over: how many cells the framework averages the gradient over: 1, W, or W K (module docstring).
+    averaged_over: how many gradients the framework averages: 1, W, or W K (module docstring).
     """
     scale = cell_scale(reduction, normalize, n_local=losses.numel(), n_global=n_global, averaged_over=averaged_over)
     return losses.sum() * scale

@@ -58,7 +58,6 @@ class Cell(NamedTuple):
     """One rank's part of one micro-batch of a step."""
 
     step: Step
-    n_local: int
     first: bool  # of the step's micro-batches on this rank
     last: bool
 
@@ -68,9 +67,9 @@ class Shards:
     """The plan of an epoch.
 
     examples: N. batch_size: examples in a full step, over all ranks and micro-batches. accumulate: micro-batches in a
-    step, K. tail: what becomes of an incomplete last batch; `pad` wraps round to the epoch's first examples, as
-    Accelerate's `even_batches=True` does, `ragged` is its `even_batches=False`, and `drop` any loader's `drop_last`.
-    (At K = 1: with K > 1 Accelerate fills up the last *micro-batch*, and drops or keeps it alone.)
+    step, K. tail: what becomes of an incomplete last batch; `spread` deals it evenly, `pad` wraps round to the epoch's
+    first examples, as Accelerate's `even_batches=True` does, `ragged` is its `even_batches=False`, `drop` any loader's
+    `drop_last`. (At K = 1: with K > 1 Accelerate fills up the last *micro-batch*, and drops or keeps it alone.)
 
     Raises ValueError where the plan is impossible, with the flag to change.
     """
@@ -154,7 +153,7 @@ class Shards:
             for k in range(self.accumulate):
                 i = k * self.world_size + rank
                 positions = range(step.start + step.offsets[i], step.start + step.offsets[i + 1])
-                yield Cell(step, len(positions), first=k == 0, last=k == self.accumulate - 1), positions
+                yield Cell(step, first=k == 0, last=k == self.accumulate - 1), positions
 
     @property
     def census(self) -> Census:

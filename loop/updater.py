@@ -68,7 +68,7 @@ class CellUpdater:
             self.apply(self.finish_gradient(X.shape[0]))
 
     def finish_gradient(self, n_last: int) -> int:
-        """Unscale the step's gradient, which is all-reduced, and note its norm where the step gets a row.
+        """Unscale the step's gradient, which is all-reduced, and note its norm where --log-every asks for a row.
 
         n_last: examples in this rank's last cell.
         Returns what this rank's update divides it by: 1 but for the scratch updater, 0 for no update.
@@ -131,7 +131,7 @@ class Audited:
 
     @property
     def grad_norm(self) -> Tensor:
-        """The updater's own."""
+        """What the updater has noted."""
         return self.updater.grad_norm
 
     def begin(self, X: Tensor, y: Tensor, cell: Cell) -> None:
@@ -170,7 +170,7 @@ def settle_buckets(net: nn.Module, empty: Tensor) -> None:
 def make_updater(
     accelerator: Accelerator, net: nn.Module, config: Config, progress: Progress | None = None
 ) -> CellUpdater:
-    """Return the updater that the flags ask for. net: as `accelerator.prepare` returned it."""
+    """Return the updater that the flags ask for, not audited yet. net: as `accelerator.prepare` returned it."""
     updater = VirtualRankUpdater if config.virtual_ranks else CellUpdater
     if config.updater == "scratch":
         return updater(accelerator, net, None, config, progress)

@@ -178,7 +178,7 @@ def sampler() -> None:
 
 
 def _walk(shards: Shards) -> int:
-    return sum(cell.n_local for cell, _ in shards.of_rank(0))
+    return sum(len(positions) for _, positions in shards.of_rank(0))
 
 
 def bias() -> None:

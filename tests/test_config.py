@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import train
 from loop.config import Config, InputError, parse
-from loop.effect import effective_lr
+from loop.effect import effect
 from loop.idx import Size
 from loop.run import wandb_tracker
 from loop.run.resume import is_finished
@@ -181,7 +181,7 @@ def test_the_default_learning_rates_are_the_books() -> None:
     ],
 )
 def test_effective_learning_rate(flags: dict[str, str], lr_effective: float) -> None:
-    assert effective_lr(Config(**flags), (4, 3, 0), world_size=3) == pytest.approx(lr_effective, rel=1e-12)
+    assert effect(Config(**flags), (4, 3, 0), world_size=3).lr_effective == pytest.approx(lr_effective, rel=1e-12)
 
 
 def test_auto_goes_on_with_the_latest_run_of_a_default_name(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def cells_of(gradients: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
 
 
 def predicted(cells: list[Tensor], reduction: str, normalize: str) -> Tensor:
-    """The table of DESIGN, written out a second time, cell by cell."""
+    """The table of loop/reduction.py, written out a second time, cell by cell."""
     n = sum(len(cell) for cell in cells)
     if normalize == "global":
         return sum(cell.sum(0) for cell in cells) / (n if reduction == "mean" else 1)

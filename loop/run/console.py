@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loop.book import unmet_thresholds
 from loop.config import Config
-from loop.effect import applied_weights, effective_lr, steps_by_lr
+from loop.effect import applied_weights, effect, steps_by_lr
 from loop.effect import divisors as divisors_of
 from loop.shards import Shards, sizes_in_words
 
@@ -60,7 +60,9 @@ def last_batch(config: Config, shards: Shards) -> str:
         weighed += " in every cell"
     text = f"An epoch's last step took {n} example(s) {dealt}: {weighed}"
     if steps_by_lr(config):
-        text += f", effective learning rate {effective_lr(config, sizes, ranks):.4g} (--lr {config.learning_rate:g})"
+        text += (
+            f", effective learning rate {effect(config, sizes, ranks).lr_effective:.4g} (--lr {config.learning_rate:g})"
+        )
     if len(set(divisors)) > 1:
         text += f"; so on rank 0, but the ranks divided by {sizes_in_words(divisors)}, and drifted apart"
     if census.duplicated:

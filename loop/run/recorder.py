@@ -12,7 +12,7 @@ from tqdm import tqdm
 from loop.animator import Animator
 from loop.audit import or_infinite, replica_drift
 from loop.book import CURVES, Epoch
-from loop.effect import effective_lr, steps_by_lr
+from loop.effect import effect, steps_by_lr
 from loop.progress import Progress
 from loop.run.console import worst_audit
 from loop.run.run import Run
@@ -81,7 +81,7 @@ class Recorder:
             row |= {"step/loss": loss, "step/grad_norm": float(self.updater.grad_norm)}
         row |= {"step/n_global": sum(sizes), "step/n_min": min(sizes), "step/n_max": max(sizes)}
         if steps_by_lr(self.config):
-            row["step/lr_effective"] = effective_lr(self.config, sizes, self.run.world_size)
+            row["step/lr_effective"] = effect(self.config, sizes, self.run.world_size).lr_effective
         if audited:
             self.unread.append(row)
         if due or self.config.audit_fail is not None:

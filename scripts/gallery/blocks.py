@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from loop.config import Config
-from loop.effect import divisors, effect, effective_lr
+from loop.effect import divisors, effect
 from loop.run import console
 from loop.shards import Shards
 from scripts.gallery import drawing, figures
@@ -110,7 +110,7 @@ def listed(ranks: Sequence[int]) -> str:
 def last_effect(run: Run) -> str:
     """Return the effective learning rate of the epoch's last step."""
     shards = shards_of(run)
-    return f"{effective_lr(flags_of(run), shards.last_step.sizes, shards.world_size):g}"
+    return f"{effect(flags_of(run), shards.last_step.sizes, shards.world_size).lr_effective:g}"
 
 
 def shards_of(run: Run) -> Shards:
