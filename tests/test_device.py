@@ -52,7 +52,7 @@ def test_an_epoch_waits_for_the_device_in_its_last_reading_alone(net_name: Any, 
     config = Config(net=net_name, batch_size=16, log_every=1000, **UPDATERS[updater])
     accelerator, progress = Accelerator(cpu=True), Progress()
     shards = config.shards(67, 2)  # as rank 1 of 2, which has one of the last step's 3 examples
-    run: Any = SimpleNamespace(config=config, shards=shards, is_main=False, ends=ExitStack())
+    run: Any = SimpleNamespace(config=config, shards=shards, is_main=False, at_end=ExitStack())
     net, loss = make_net(config.net).to(META), nn.CrossEntropyLoss(reduction="none")
     split = Split(
         torch.empty(67, 28, 28, dtype=torch.uint8, device=META), torch.empty(67, dtype=torch.int64, device=META)

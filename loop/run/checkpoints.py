@@ -98,7 +98,7 @@ class Checkpoints:
         sync(rows)
         progress = {**self.progress.position(), "rows": rows.stat().st_size, "sums": sums}
         decisive = mathematics(self.config, self.run.size, self.run.world_size)
-        state = {"progress": progress, "mathematics": decisive, "identity": self.run.run_id}
+        state = {"progress": progress, "mathematics": decisive, "identity": self.run.files.run_id}
         write_json(scratch / STATE, {**state, "bytes": {path.name: path.stat().st_size for path in scratch.iterdir()}})
         for path in (*scratch.iterdir(), scratch):
             sync(path)

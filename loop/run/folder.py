@@ -27,22 +27,24 @@ LOCK_S = 20  # ranks whose launcher was killed end within this time
 class RunFolder:
     """A run's folder with its metrics.jsonl, locked while it is open, so that two runs never mix.
 
-    path: the folder. run_id: the run's own, for good; W&B's id too. new: whether it was made for this process.
+    path: the folder. metrics: the open file of its rows. run_id: the run's own, for good; W&B's id too. new: whether it
+    was made for this process.
+
     Raises InputError where the folder is held by another process, or is no run's.
     """
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path, self.new = path, new
-        others = [each for each in path.iterdir() if each.name != "metrics.jsonl" and not each.name.startswith(".")]
-        if not new and run_id_of(path) is None and others:
+        rows = path / "metrics.jsonl"
+        others = {each.name for each in path.iterdir() if not each.name.startswith(".")}
+        if rows.exists() and not rows.stat().st_size:  # of a run that was killed before it began
+            others.remove(rows.name)
+        if others and not config_of(path):
             raise InputError(f"--resume: {path} has files, but no config.json: it is no run's folder")
-        self.rows = (path / "metrics.jsonl").open("ab", buffering=0)  # else close() would try a failed write again
+        self.metrics = rows.open("ab", buffering=0)  # else close() would try a failed write again
         self._lock()
         remove_scratch(path)  # of a process that was killed, as the folder is locked
-        known = run_id_of(path)
-        if known is None and self.rows.tell():  # a run killed before it began has no row
-            raise InputError(f"--resume: {path} has a metrics.jsonl, but no config.json: it is no run's folder")
-        self.run_id = known or secrets.token_hex(4)
+        self.run_id: str = config_of(path).get("wandb_id") or secrets.token_hex(4)
 
     def _lock(self) -> None:
         try:
@@ -60,29 +62,21 @@ class RunFolder:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl. Raises OSError where it cannot be kept."""
         self.write((json.dumps(plain(row), allow_nan=False) + "\n").encode())
-        if not os.fstat(self.rows.fileno()).st_nlink:
+        if not os.fstat(self.metrics.fileno()).st_nlink:
             raise OSError(f"{self.path} was deleted")
 
     def write(self, rows: bytes) -> None:
         """Add whole rows to metrics.jsonl. Raises OSError where it cannot hold them."""
         while rows:
-            rows = rows[self.rows.write(rows) :]
-
-    def cut(self, size: int) -> None:
-        """Drop what metrics.jsonl holds past so many bytes: it will be written again."""
-        self.rows.truncate(size)
+            rows = rows[self.metrics.write(rows) :]
 
     def read(self) -> list[dict[str, Any]]:
         """Return the rows."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
-    def count(self) -> int:
-        """Return how many whole rows metrics.jsonl holds."""
-        return (self.path / "metrics.jsonl").read_bytes().count(b"\n")
-
     def close(self) -> None:
         """Release the folder."""
-        self.rows.close()
+        self.metrics.close()
         self.lock.release()
 
     def discard(self) -> None:
@@ -92,12 +86,13 @@ class RunFolder:
             shutil.rmtree(self.path)
 
 
-def run_id_of(path: Path) -> str | None:
-    """Return the id of the run in a folder, None where there is none. Raises InputError for a damaged one."""
+def config_of(path: Path) -> dict[str, Any]:
+    """Return the config.json of the run in a folder, {} where there is none. Raises InputError for a damaged one."""
     try:
-        return str(json.loads((path / "config.json").read_text())["wandb_id"])
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return {**config, "wandb_id": str(config["wandb_id"])}
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume: {path / 'config.json'} cannot be read ({error})") from None
 
@@ -133,18 +128,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def acquire(path: Path, holder: str, timeout: float = -1) -> FileLock:
     """Return the file's lock, held by this process; after a second of waiting, print on stderr for whom it waits.
 
-    timeout: seconds, after which it raises Timeout; -1: none; 0: it does not wait. Raises OSError where files cannot be
-    locked.
+    holder: who that is; "": do not print. timeout: seconds, after which it raises Timeout; -1: none.
+    Raises OSError where files cannot be locked.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=min(1, timeout) if timeout >= 0 else 1)
+        lock.acquire(timeout=1)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise OSError(f"its file system cannot lock files (flock: {error.strerror})") from None
-        if timeout == 0 or not isinstance(error, Timeout):
+        if not isinstance(error, Timeout):
             raise
-        print(f"train.py: waiting for {holder}", file=sys.stderr, flush=True)
+        if holder:
+            print(f"train.py: waiting for {holder}", file=sys.stderr, flush=True)
         lock.acquire(timeout=timeout)
     return lock
 

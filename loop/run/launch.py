@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import gc
 import os
@@ -173,19 +172,8 @@ def join_ranks(config: Config, trackers: list[GeneralTracker], *, share_gpus: bo
     return accelerator
 
 
-def leave_ranks_at_exit(*, together: bool) -> None:
-    """Destroy the process group when the process ends, not before: the next run may use it.
-
-    together: whether all ranks end. NCCL would wait for those that do not.
-    """
-    if together:
-        atexit.register(leave_ranks)
-    else:
-        atexit.unregister(leave_ranks)
-
-
 def leave_ranks() -> None:
-    """Destroy the process group, if there is one, with all that holds it.
+    """Destroy the process group, if there is one, with all that holds it: when the process ends.
 
     A net under DDP holds it too. Where one is left in a reference cycle, such as a scheduler's with its optimizer,
     gloo's threads would outlive the group, and end the process by an abort (exit code -6) in some runs.

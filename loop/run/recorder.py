@@ -36,7 +36,7 @@ class Recorder:
         self.worst: tuple[int, float] | None = None  # audited step, and its error
         self.unread: list[dict[str, float]] = []  # rows that wait for their audit: it is read with the next step row
         self.examples_before = progress.examples  # when this process began the epoch under way
-        run.ends.callback(self._say_worst)  # the last line, also of a run that `--audit-fail` ends
+        run.at_end.callback(self._say_worst)  # the last line, also of a run that `--audit-fail` ends
         self.summary: dict[str, Any] = {}
         self.bar = tqdm(
             total=self.config.epochs * len(run.shards.steps),
@@ -46,10 +46,10 @@ class Recorder:
             disable=None if run.is_main else True,  # None: quiet where stderr is no terminal
         )
         if run.is_main:
-            for row in run.rows():  # of a run that goes on
+            for row in run.files.read():  # of a run that goes on
                 if "train/loss" in row:
                     self._show_epoch(row)
-        run.ends.callback(self.bar.close)
+        run.at_end.callback(self.bar.close)
 
     @cached_property
     def animator(self) -> Animator:

@@ -17,7 +17,7 @@ from typing import Any
 
 from loop.config import FASHION_MNIST, Config, InputError, parse
 from loop.idx import Size
-from loop.run.folder import RunFolder, plain, run_id_of
+from loop.run.folder import RunFolder, config_of, plain
 
 CHECKPOINTS, STATE = "epoch-*-step-*", "state.json"
 # What a resumed run may change: where it is kept, how it is watched, and how long and on which device it trains.
@@ -32,10 +32,9 @@ def with_kept_flags(config: Config, args: list[str], world_size: int) -> Config:
 
     args: the command line. Raises InputError for a damaged run.
     """
-    path = config.folder(world_size) / "config.json"
-    if config.resume != "auto" or run_id_of(path.parent) is None:
+    written = config_of(config.folder(world_size)) if config.resume == "auto" else {}
+    if not written:
         return config
-    written = json.loads(path.read_text(encoding="utf-8"))
     switches = {"cpu", "tf32", "check"}  # which no flag would turn off again
     kept = {field.name for field in fields(Config)} - switches
     before = {name: written[name] for name in kept if name in written}
@@ -68,54 +67,41 @@ def is_finished(config: Config, size: Size, world_size: int, *, quiet: bool) -> 
     if config.resume == "never":
         return False
     run = config.folder(world_size)
-    _choose(config, run, run_id_of(run), size, world_size, quiet=quiet or config.resume == "auto")
+    _choose(config, run, size, world_size, quiet=quiet or config.resume == "auto")
     summary = run / "summary.json"
     return config.resume == "auto" and summary.is_file() and json.loads(summary.read_text())["epoch"] >= config.epochs
 
 
-def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) -> Path | None:
+def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) -> tuple[Path | None, Path | None]:
     """Return the checkpoint that a run goes on from, None to start anew; metrics.jsonl is cut, or copied, to its rows.
 
+    And that of another run from which this one began (`--resume PATH`), now or earlier, or None.
     Raises InputError where `--resume` names no good checkpoint, or one that was trained by other rules.
     """
     if config.resume == "never":
-        return None
-    checkpoint = _choose(config, run.path, run.run_id, size, world_size)
-    rows = progress_of(checkpoint)["rows"] if checkpoint else 0
-    if checkpoint and is_foreign(checkpoint, run.path):
+        return None, None
+    checkpoint = _choose(config, run.path, size, world_size)
+    origin = config_of(run.path).get("begun_from")
+    rows = state_of(checkpoint)["progress"]["rows"] if checkpoint else 0
+    if checkpoint and checkpoint.resolve().parent.parent != run.path.resolve():
+        origin = checkpoint.resolve()
         with rows_beside(checkpoint).open("rb") as source:
             run.write(source.read(rows))
-    run.cut(rows)
-    return checkpoint
+    run.metrics.truncate(rows)  # what follows will be written again
+    return checkpoint, origin
 
 
-def _choose(
-    config: Config, run: Path, run_id: str | None, size: Size, world_size: int, *, quiet: bool = False
-) -> Path | None:
+def _choose(config: Config, run: Path, size: Size, world_size: int, *, quiet: bool = False) -> Path | None:
     if config.resume != "auto":
         checkpoint: Path | None = checkpoint_at(Path(config.resume), quiet=quiet)
     else:
-        checkpoint = newest(run, run_id, quiet=quiet)
-        origin = begun_from(run)
-        if checkpoint is None and origin:
-            checkpoint = checkpoint_at(origin, quiet=quiet)
+        written = config_of(run)
+        checkpoint = newest(run, written.get("wandb_id"), quiet=quiet)
+        if checkpoint is None and written.get("begun_from"):
+            checkpoint = checkpoint_at(Path(written["begun_from"]), quiet=quiet)
     if checkpoint:
         refuse_unfit(checkpoint, config, size, world_size)
     return checkpoint
-
-
-def is_foreign(checkpoint: Path, run: Path) -> bool:
-    """Whether a checkpoint is another run's."""
-    return checkpoint.resolve().parent.parent != run.resolve()
-
-
-def begun_from(run: Path) -> Path | None:
-    """Return the checkpoint of another run that a run began from, by `--resume PATH`."""
-    try:
-        origin = json.loads((run / "config.json").read_text(encoding="utf-8")).get("begun_from")
-    except FileNotFoundError:
-        return None
-    return Path(origin) if origin else None
 
 
 def checkpoint_at(path: Path, *, quiet: bool = False) -> Path:
@@ -145,14 +131,14 @@ def newest(run: Path, run_id: str | None = None, *, quiet: bool = False) -> Path
 def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
     """Return in a few words why a checkpoint cannot be used, None if it is whole; run_id: the run's it must be."""
     try:
-        state, progress = state_of(checkpoint), progress_of(checkpoint)
+        state = state_of(checkpoint)
         sizes = state.get("bytes", {})  # none in an earlier version's, which is whole since it has its name
         torn = [name for name, size in sizes.items() if (checkpoint / name).stat().st_size != size]
         if torn:
             return f"torn: {', '.join(torn)} is not what was written"
         if run_id not in (None, state["identity"]):
             return "another run's"
-        if rows_beside(checkpoint).stat().st_size < progress["rows"]:
+        if rows_beside(checkpoint).stat().st_size < state["progress"]["rows"]:
             return f"{rows_beside(checkpoint)} has lost rows since"
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"no checkpoint, or torn ({error})"
@@ -161,7 +147,8 @@ def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
 
 def refuse_unfit(checkpoint: Path, config: Config, size: Size, world_size: int) -> None:
     """Raise InputError where the checkpoint was trained by other rules, saying which, or for longer."""
-    before = {"virtual_ranks": 0, **state_of(checkpoint)["mathematics"]}  # 0: in an earlier version's
+    state = state_of(checkpoint)
+    before = {"virtual_ranks": 0, **state["mathematics"]}  # 0: in an earlier version's
     now = mathematics(config, size, world_size)
     differences = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     if differences:
@@ -169,7 +156,7 @@ def refuse_unfit(checkpoint: Path, config: Config, size: Size, world_size: int) 
             f"--resume {config.resume}: {checkpoint} was trained with other mathematics ({', '.join(differences)}): "
             "give the same flags, or start a new run by another --run-name"
         )
-    progress = progress_of(checkpoint)
+    progress = state["progress"]
     begun = progress["epoch"] - (progress["epoch_steps"] == 0)
     if begun > config.epochs:
         raise InputError(f"--epochs {config.epochs}: {checkpoint} is from epoch {begun}")
@@ -208,13 +195,8 @@ def command_to_go_on(run_name: str) -> str:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint's state.json holds."""
+    """Return what a checkpoint's state.json holds: where the run stood, how many bytes its rows took, ..."""
     return dict(json.loads((checkpoint / STATE).read_text()))
-
-
-def progress_of(checkpoint: Path) -> dict[str, Any]:
-    """Return where the run stood at a checkpoint that is whole, and how many bytes its rows took (loop/progress.py)."""
-    return dict(state_of(checkpoint)["progress"])
 
 
 def rows_beside(checkpoint: Path) -> Path:

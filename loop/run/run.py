@@ -6,6 +6,7 @@ exit code here and nowhere else.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import os
@@ -15,14 +16,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loop.config import Config, InputError
 from loop.effect import steps_by_lr, target_reduction
-from loop.run.folder import FAILED, git_commit, installed, write_json
-from loop.run.launch import equal_bits, leave_ranks_at_exit, reports_errors
+from loop.run import launch
+from loop.run.folder import FAILED, git_commit, installed, open_run, write_json
+from loop.run.resume import command_line, how_to_go_on, prepare_resume
 from loop.run.stopping import StopSignal
 
 if TYPE_CHECKING:
@@ -82,26 +85,26 @@ class Run:
         with ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal())  # before torch, whose import takes seconds
             if self.config.virtual_ranks:
-                stack.enter_context(equal_bits())  # before torch, too
+                stack.enter_context(launch.equal_bits())  # before torch, too
             self._join()
             stack.enter_context(self.watchdog)
-            self.ends = stack.pop_all()
+            self.at_end = stack.pop_all()
         return self
 
     def _join(self) -> None:
         from loop.progress import make_progress
-        from loop.run.launch import join_ranks, keep_freed_memory, launched_rank
         from loop.run.wandb_tracker import make_tracker
         from loop.run.watchdog import Watchdog
 
-        keep_freed_memory()
-        self.trackers = make_tracker(self.config) if launched_rank() == 0 else []
-        self.accelerator = join_ranks(self.config, self.trackers, share_gpus=self.share_gpus)
+        launch.keep_freed_memory()
+        self.trackers = make_tracker(self.config) if launch.launched_rank() == 0 else []
+        self.accelerator = launch.join_ranks(self.config, self.trackers, share_gpus=self.share_gpus)
         self.device: torch.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        self.stop.last_resort = self._stop_alone
-        self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_from_thread)
+        unsaved = "stopped before a step row or a checkpoint" if self.is_main else None
+        self.stop.last_resort = partial(self._end_alone, line=unsaved)
+        self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_as_lost)
         self.progress = make_progress(self.config, self.rank, self.world_size)
 
     def open(self, size: Size, remarks: Sequence[str] = ()) -> None:
@@ -114,25 +117,20 @@ class Run:
         from accelerate.utils import broadcast_object_list
 
         from loop.run import console
-        from loop.run.folder import open_run
-        from loop.run.resume import begun_from, is_foreign, prepare_resume
 
         self.size = size
         self.shards = self.config.shards(size.examples, self.world_size)
-        begun: list[Any] = [None, None, None]
-        origin: Path | None = None  # of a run that began from another's checkpoint
+        shared: list[Any] = [None, None]
         if self.is_main:
             self.files = open_run(self.config, self.world_size)
-            self.ends.callback(self.files.close)
-            checkpoint = prepare_resume(self.config, self.files, size, self.world_size)
-            origin = begun_from(self.files.path)
-            if checkpoint and is_foreign(checkpoint, self.files.path):
-                origin = checkpoint.resolve()
-            begun = [self.files.path, self.files.run_id, checkpoint]
+            self.at_end.callback(self.files.close)
+            checkpoint, origin = prepare_resume(self.config, self.files, size, self.world_size)
+            shared = [self.files.path, checkpoint]
         self.watchdog.advance()
-        self.folder, self.run_id, self.resume_from = broadcast_object_list(begun)
-        described = {**self._describe(), "begun_from": origin}
+        self.folder, self.resume_from = broadcast_object_list(shared)
+        described = self._describe()
         if self.is_main:
+            described |= {"wandb_id": self.files.run_id, "begun_from": origin}
             write_json(self.folder / "config.json", described)
             for end in (FAILED, "summary.json"):  # of a run that goes on
                 (self.folder / end).unlink(missing_ok=True)
@@ -145,8 +143,6 @@ class Run:
         """Return what config.json holds: every flag, what follows from them, the machine. Every rank must call."""
         import torch
         from accelerate.utils import gather_object
-
-        from loop.run.resume import command_line
 
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()} CPU"
         return {
@@ -167,19 +163,17 @@ class Run:
             "git_commit": git_commit(),
             "argv": sys.argv,
             "command": command_line(sys.argv[1:]),
-            "wandb_id": self.run_id,
         }
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """Return the net on the run's device and in its dtype; with several ranks under DDP, its buckets settled."""
         import torch
 
-        from loop.run.launch import prepare_net
         from loop.updater import settle_buckets
 
         net.register_forward_hook(lambda *_: self.watchdog.advance())
         dtype = getattr(torch, self.config.dtype)
-        prepared = prepare_net(self.accelerator, net.to(dtype))
+        prepared = launch.prepare_net(self.accelerator, net.to(dtype))
         settle_buckets(prepared, torch.empty(0, 1, 28, 28, dtype=dtype, device=self.device))
         return prepared
 
@@ -192,10 +186,6 @@ class Run:
     def told_to_stop(self) -> float:
         """What this rank adds to a reduce's `stops`: 0 without a signal, 1 for SIGINT, SIGTERMS for SIGTERM."""
         return {0: 0.0, signal.SIGINT: 1.0}.get(self.stop.signum, SIGTERMS)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows so far; on the main process."""
-        return self.files.read()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl and to the trackers; the main process's counts."""
@@ -294,8 +284,9 @@ class Run:
             self.exit_code = 0
         self.stop.handled.set()
         self._finish_trackers()
-        leave_ranks_at_exit(together=together)
-        self.ends.close()
+        # When the process ends, as the next run may use the group. NCCL would wait for ranks that do not end.
+        (atexit.register if together else atexit.unregister)(launch.leave_ranks)
+        self.at_end.close()
         return handled
 
     def _report(self, error: BaseException | None) -> bool:
@@ -304,7 +295,7 @@ class Run:
 
         assert error
         if isinstance(error, InputError):  # train.py prints it, on the ranks that report errors
-            if self.watchdog.is_first_to_fail() and not reports_errors():
+            if self.watchdog.is_first_to_fail() and not launch.reports_errors():
                 print(f"train.py: error: {error}", file=sys.stderr, flush=True)
             return False
         line = f"the run cannot be saved: {error}" if isinstance(error, OSError) else None
@@ -317,33 +308,27 @@ class Run:
             print(f"train.py: error: {line}. {self.how_to_go_on()}", file=sys.stderr)
         return line is not None
 
-    def _end_from_thread(self, cause: str | None) -> None:
-        """End the process, whose main thread waits in a collective. cause: None if another rank reports it."""
+    def _end_as_lost(self, cause: str | None) -> None:
+        self._end_alone(1, cause and f"error: {cause}")  # None where another rank reports it
+
+    def _end_alone(self, exit_code: int, line: str | None) -> None:
+        """End the process from a thread, as its main thread waits for other ranks. line: what to print, if anything."""
+        self.exit_code = exit_code
         try:
-            if cause:
-                print(f"train.py: error: {cause}. {self.how_to_go_on()}", file=sys.stderr, flush=True)
-            self._finish_trackers()
+            if line:
+                print(f"train.py: {line}. {self.how_to_go_on()}", file=sys.stderr, flush=True)
+            self._finish_trackers()  # but not the folder: a last checkpoint counts its rows
             sys.stdout.flush()
         finally:
-            os._exit(1)
-
-    def _stop_alone(self, exit_code: int) -> None:
-        """End the trackers of a process that was told to stop, and has not come to where all ranks agree on it."""
-        self.exit_code = exit_code
-        if self.is_main:
-            print(f"train.py: stopped before a step row or a checkpoint. {self.how_to_go_on()}", file=sys.stderr)
-        self._finish_trackers()  # but not the folder: a last checkpoint counts its rows
+            os._exit(exit_code)
 
     def _finish_trackers(self) -> None:
-        """End the trackers, once: as `Accelerator.end_training`, with an exit code, but the ranks' group stays."""
-        with ExitStack() as each:  # one that fails keeps no other from its end
-            while self.accelerator.trackers:
-                tracker = self.accelerator.trackers.pop()
-                tracker.exit_code = self.exit_code
-                each.callback(tracker.finish)
+        """End the tracker, once: as `Accelerator.end_training`, with an exit code, but the ranks' group stays."""
+        while self.accelerator.trackers:
+            tracker = self.accelerator.trackers.pop()
+            tracker.exit_code = self.exit_code
+            tracker.finish()
 
     def how_to_go_on(self) -> str:
         """Return in one sentence what is kept of a run that failed."""
-        from loop.run.resume import how_to_go_on
-
         return how_to_go_on(getattr(self, "folder", None))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -27,8 +26,8 @@ class StopSignal:
     """Notes the first SIGTERM or SIGINT, or the death of the launcher as a SIGTERM, between `with` and its end.
 
     signum: the signal noted, 0 for none. handled: set once the signal has been acted on, or can no longer matter.
-    last_resort: called in a thread, with the exit code, if `handled` is not set within GRACE_S seconds; then the
-    process ends. None, as at first, where nothing would be lost: the process ends at once.
+    last_resort: called in a thread, with the exit code, if `handled` is not set within GRACE_S seconds; it ends the
+    process. None, as at first, where nothing would be lost: the process ends at once.
     """
 
     def __init__(self) -> None:
@@ -72,9 +71,4 @@ class StopSignal:
             return
         self.signum = noted[0]
         if not self.handled.wait(GRACE_S if self.last_resort else 0):
-            try:
-                if self.last_resort:
-                    self.last_resort(128 + self.signum)
-                sys.stdout.flush()
-            finally:
-                os._exit(128 + self.signum)
+            (self.last_resort or os._exit)(128 + self.signum)

@@ -110,68 +110,56 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
     name = "wandb"
     requires_logging_directory = False
+    tracker: Any = None  # the W&B run
     files: RunFolder
 
     def __init__(self, config: Config, mode: Mode) -> None:
+        import wandb
+
         super().__init__()
-        self.config, self.mode = config, mode
-        self.run: Any = None
-        self.exit_code = 0
-        self.rows = self.lost = self.examples = 0
-        self.row = -1  # of metrics.jsonl, the last one seen here
+        self.wandb, self.config, self.mode = wandb, config, mode
+        self.exit_code = self.examples = 0
+        self.last_row = -1  # of metrics.jsonl, seen here
         self.held = 0  # rows that W&B had before
         self.beside: dict[str, Any] = {}  # what goes with the next row
-        self.alerted = False
-
-    @property
-    def tracker(self) -> Any:
-        """The wandb run."""
-        return self.run
+        self.failed = False
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Start the W&B run with this configuration: offline if it cannot be had online, not at all if not offline.
 
         Raises InputError where --wandb online cannot be had.
         """
-        self.run = self._start(values)
+        self.tracker = self._start(values)
         print(f"W&B: {self.mode.name} ({self.mode.reason})", flush=True)
-        if self.run is not None:
-            self._safely(self._define_metrics, rows=0)
-            self._safely(lambda: self.beside.update(last_step=self._last_step_table(values)), rows=0)
-            self._safely(self._count_held, rows=0)
+        if self.tracker is not None:
+            self._safely(self._define_metrics)
+            self._safely(lambda: self.beside.update(last_step=self._last_step_table(values)))
+            self._safely(self._count_held)
             for row in self.files.read():  # of a run that goes on: W&B may have less of it, or more
                 self.log(row)
 
     def _start(self, values: Mapping[str, Any]) -> Any:
         try:
-            return self._init(self.mode.name, values)
+            return self._init(values)
         except Exception as error:
             reason = in_one_line(error)
         if self.config.wandb == "online":
             self.files.discard()
             raise InputError(f"--wandb online is not available: {reason}")
-        try:
-            import wandb
-
-            wandb.teardown()
-            self.mode = Mode("offline", reason)
-            return self._init("offline", values)
-        except Exception as error:
-            self.mode = Mode("disabled", in_one_line(error))
-            return None
+        self._safely(self.wandb.teardown)
+        self.mode = Mode("offline" if self.mode.name == "online" else "disabled", reason)
+        return self._start(values) if self.mode.name == "offline" else None
 
     def _define_metrics(self) -> None:
-        self.run.define_metric("examples")
-        self.run.define_metric("*", step_metric="examples")
+        self.tracker.define_metric("examples")
+        self.tracker.define_metric("*", step_metric="examples")
         for key, summary in SUMMARIES.items():
-            self.run.define_metric(key, step_metric="examples", summary=summary)
+            self.tracker.define_metric(key, step_metric="examples", summary=summary)
 
-    def _init(self, mode: str, values: Mapping[str, Any]) -> Any:
-        import wandb
-
+    def _init(self, values: Mapping[str, Any]) -> Any:
         folder = self.files.path
-        return wandb.init(
-            mode=mode,  # type: ignore[arg-type]
+        return self.wandb.init(
+            mode=self.mode.name,
             dir=str(folder),
             id=values["wandb_id"],
             resume="allow",  # the same id goes on with the same curves
@@ -183,7 +171,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             tags=list(self.config.tags),
             notes=self.config.notes,
             config=plain(values),
-            settings=wandb.Settings(
+            settings=self.wandb.Settings(
                 program=sys.argv[0],  # which a sweep's runs are given, too
                 silent=True,
                 x_transaction_log_flush_interval=1,
@@ -195,8 +183,6 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
 
     def _last_step_table(self, values: Mapping[str, Any]) -> Any:
         """Who holds how many examples of the epoch's last step, what one weighs, what the rank's updater divides by."""
-        import wandb
-
         sizes, ranks = values["last_step_sizes"], values["world_size"]
         weights = example_weights(self.config.reduction, self.config.normalize, sizes)
         divisors = divisors_of(self.config, sizes, ranks)
@@ -204,88 +190,83 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             [i % ranks, i // ranks, size, weight * sum(sizes), divisors[i % ranks]]
             for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
         ]
-        return wandb.Table(columns=["rank", "micro-batch", "examples", "example weight x n", "divided by"], data=rows)
+        columns: list[str | int] = ["rank", "micro-batch", "examples", "example weight x n", "divided by"]
+        return self.wandb.Table(columns=columns, data=rows)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Log a row, as W&B's step of its number, unless W&B has it; alert on the first loss that is not finite."""
-        if self.run is None:
+        """Log a row, as W&B's step of its number, unless W&B has it; alert on a loss that is not finite."""
+        if self.tracker is None:
             return
-        self.row += 1
-        if self.row < self.held:
+        self.last_row += 1
+        if self.last_row < self.held:
             return
         self.examples = values["examples"]
-        self._safely(lambda: self.run.log({**values, **self.beside}, step=self.row))
+        self._safely(lambda: self.tracker.log({**values, **self.beside}, step=self.last_row))
         self.beside = {}
         losses = {key: value for key, value in values.items() if key.endswith("/loss") and not math.isfinite(value)}
-        if losses and not self.alerted:
-            self.alerted = True
+        if losses:
             text = f"{losses} at step {step}; --reduction {self.config.reduction}, lr {self.config.learning_rate:g}"
-            self._safely(lambda: self.run.alert("The loss is not finite", text, level="ERROR"), rows=0)
+            self._safely(lambda: self.tracker.alert("The loss is not finite", text, level="ERROR"))
 
     def finish(self) -> None:
         """Upload curves and weights, end the W&B run with `exit_code`, and print where it is and what it lacks."""
-        if self.run is None:
+        if self.tracker is None:
             return
-        import wandb
-
         there = (self.files.path / "metrics.jsonl").exists()  # else W&B's file was deleted with the run's folder
         if self.exit_code == 0:
-            self._safely(self._log_curves, rows=0)
-            self._safely(self._log_model, rows=0)
+            self._safely(self._log_curves)
+            self._safely(self._log_model)
         if there:
-            self._safely(self._summarize, rows=0)
-        uploaded = self._safely(lambda: self.run.finish(exit_code=self.exit_code), rows=0)
-        self._safely(wandb.teardown, rows=0)
+            self._safely(self._summarize)
+        uploaded = self._safely(lambda: self.tracker.finish(exit_code=self.exit_code))
+        self._safely(self.wandb.teardown)
         if there:
             self._say_where(uploaded)
 
     def _log_curves(self) -> None:
-        import wandb
-
-        self.run.log({"curves": wandb.Image(str(self.files.path / "curves.png"))}, step=self.row)
+        self.tracker.log({"curves": self.wandb.Image(str(self.files.path / "curves.png"))}, step=self.last_row)
 
     def _log_model(self) -> None:
-        import wandb
-
-        model = wandb.Artifact(f"model-{self.run.id}", type="model", metadata={"examples": self.examples})
+        model = self.wandb.Artifact(f"model-{self.tracker.id}", type="model", metadata={"examples": self.examples})
         model.add_file(str(self.files.path / "model.safetensors"))
-        self.run.log_artifact(model, aliases=["latest", "final"])
+        self.tracker.log_artifact(model, aliases=["latest", "final"])
 
     def _summarize(self) -> None:
         """Set the summaries from all rows: W&B's own cover those of this process, and not what came before a resume."""
-        self.run.log({}, step=self.row, commit=True)  # else the last row would replace what is set here
+        self.tracker.log({}, step=self.last_row, commit=True)  # else the last row would replace what is set here
         rows = self.files.read()
         for key, rule in SUMMARIES.items():
             values = [float(row[key]) for row in rows if key in row]
             best = min if rule.startswith("min") else max
             if finite := [value for value in values if math.isfinite(value)]:
-                self.run.summary[key] = {best.__name__: best(finite), "last": values[-1]}
+                self.tracker.summary[key] = {best.__name__: best(finite), "last": values[-1]}
         written = self.files.path / "summary.json"
         weights = json.loads(written.read_text()).get("weights_sha256") if written.exists() else None
         if weights:
-            self.run.summary["weights_sha256"] = weights
+            self.tracker.summary["weights_sha256"] = weights
 
     def _count_held(self) -> None:
         """Note how many of the run's rows W&B has from before: on its server, or in earlier files."""
         if self.mode.name == "online":
-            self.held = int(self.run.starting_step)
+            self.held = int(self.tracker.starting_step)
         else:
-            earlier = [folder for folder in self._offline_folders() if folder != Path(self.run.settings.sync_dir)]
+            earlier = [folder for folder in self._offline_folders() if folder != Path(self.tracker.settings.sync_dir)]
             self.held = sum(count_rows(folder) or 0 for folder in earlier)
 
     def _offline_folders(self) -> list[Path]:
         return sorted((self.files.path / "wandb").resolve().glob("offline-run-*"))
 
     def _say_where(self, uploaded: bool) -> None:
-        directory = Path(self.run.settings.sync_dir)
+        directory, logged = Path(self.tracker.settings.sync_dir), self.last_row + 1 - self.held
         stored = count_rows(directory)
-        kept = f"metrics.jsonl has {self.files.count()}"
+        whole_rows = (self.files.path / "metrics.jsonl").read_bytes().count(b"\n")
+        kept = f"metrics.jsonl has {whole_rows}"
         if stored is None:
             print(f"W&B: its file in {from_here(directory)} cannot be read back; {kept} rows", file=sys.stderr)
-        elif stored < self.rows:
-            print(f"W&B: {self.rows - stored} of {self.rows} rows are not in its file; {kept}", file=sys.stderr)
-        if self.mode.name == "online" and uploaded and not self.lost:
-            print(f"W&B: {self.run.url}")
+        elif stored < logged:
+            print(f"W&B: {logged - stored} of {logged} rows are not in its file; {kept}", file=sys.stderr)
+        if self.mode.name == "online" and uploaded and not self.failed:
+            print(f"W&B: {self.tracker.url}")
         elif self.mode.name == "online":
             print(f"W&B: not everything arrived; to send it: wandb sync --no-skip-online {from_here(directory)}")
         else:
@@ -293,15 +274,14 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
             calls = [f"wandb sync {from_here(folder)}" for folder in self._offline_folders()]
             print(f"W&B: to send this run: {'; '.join(calls)}")
 
-    def _safely(self, call: Callable[[], object], rows: int = 1) -> bool:
+    def _safely(self, call: Callable[[], object]) -> bool:
         """Make a call that may fail without harm to the training: warn at the first failure."""
-        self.rows += rows
         try:
             call()
         except Exception as error:
-            if not self.lost:
+            if not self.failed:
                 print(f"W&B failed, training goes on ({in_one_line(error)})", file=sys.stderr, flush=True)
-            self.lost += 1
+            self.failed = True
             return False
         return True
 

@@ -27,7 +27,7 @@ BEAT_S = 1.0
 LISTEN_S = 3 * BEAT_S  # between two looks at the others
 STORE_TIMEOUT = timedelta(seconds=5)
 ANSWER_S = LISTEN_S + STORE_TIMEOUT.total_seconds()  # a store that has not answered by then is out of reach
-RUNS = itertools.count()  # of this process: each has beats of its own
+WATCHDOGS = itertools.count()  # of this process: each has beats of its own
 NOT_BEGUN = (-1, -1)
 SUSPENDED_S = 5 * BEAT_S  # a thread that slept for longer was stopped with its job, by Ctrl-Z for example
 
@@ -61,7 +61,7 @@ class Watchdog:
                 print("train.py: no store to reach: the watchdog for lost ranks is off", file=sys.stderr)
             return None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"watchdog/{attempt}/{next(RUNS)}", store)
+        return PrefixStore(f"watchdog/{attempt}/{next(WATCHDOGS)}", store)
 
     def __enter__(self) -> Watchdog:
         if self.store:
@@ -127,17 +127,17 @@ class Watchdog:
             after = self._read()
         except RuntimeError:
             return self._lost_store()
-        ranks = range(self.world_size)
+        ranks, furthest = range(self.world_size), max(moves for _, moves in after)
         silent = [rank for rank in ranks if before[rank] == after[rank] != NOT_BEGUN]
-        if silent:
-            return f"rank {_listed(silent)} is dead, stopped, or cut off: no sign of life for {LISTEN_S:g} s"
         unborn = [rank for rank in ranks if after[rank] == NOT_BEGUN]
-        if unborn:
-            return f"rank {_listed(unborn)} has not begun to train: it died at its start, or is still starting"
-        furthest = max(moves for _, moves in after)
         behind = [rank for rank in ranks if before[rank][1] == after[rank][1] < furthest]
-        if behind:
-            return f"rank {_listed(behind)} is alive, but does not come to where the others wait: it hangs"
+        for named, how in (
+            (silent, f"is dead, stopped, or cut off: no sign of life for {LISTEN_S:g} s"),
+            (unborn, "has not begun to train: it died at its start, or is still starting"),
+            (behind, "is alive, but does not come to where the others wait: it hangs"),
+        ):
+            if named:
+                return f"rank {', '.join(map(str, named))} {how}"
         return None
 
     def _read(self) -> list[tuple[int, int]]:
@@ -189,7 +189,3 @@ def first_line(error: BaseException) -> str:
     """Return an error's first line, and the reason that NCCL adds in a later one."""
     text = str(error) or repr(error)
     return " ".join([text.splitlines()[0], *text.partition("Last error:\n")[2].splitlines()[:1]])
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))

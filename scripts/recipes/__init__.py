@@ -8,6 +8,7 @@ over K and W. Both return the net.
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loop.run.launch import launched_rank, launched_world_size, leave_ranks, leave_ranks_at_exit
+from loop.run.launch import launched_rank, launched_world_size, leave_ranks
 from scripts.command import Main, command
 
 Batch = tuple[Tensor, Tensor]
@@ -91,7 +92,7 @@ def open_group() -> None:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    leave_ranks_at_exit(together=True)  # not before: a second group, opened through torchrun's store, hangs
+    atexit.register(leave_ranks)  # not before: a second group, opened through torchrun's store, hangs
 
 
 @dataclass(frozen=True)
