@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ from tests.wandb_stub import KEY, WandbStub
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 LONGEST = (
     "readme_commands",
     "parity",

@@ -352,11 +352,15 @@ def test_a_killed_run_goes_on_offline_with_the_rows_that_its_first_file_lacks(st
     assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
 
 
-@pytest.mark.slow  # 7 s
 def test_w_and_b_that_cannot_start_at_all_is_left_out(tmp_path: Path) -> None:
-    done = launch(ONE, tmp_path, *SHORT, WANDB_MODE="", WANDB_BASE_URL="nonsense")
+    program = (
+        "import runpy, wandb\n"
+        "def init(**_): raise OSError('no room')\n"
+        "wandb.init = init; runpy.run_path('train.py', run_name='__main__')"
+    )
+    done = launch([sys.executable, "-c", program], tmp_path, *SHORT, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("W&B: disabled (")
+    assert done.stdout.startswith("W&B: disabled (no room)\n")
 
 
 @pytest.mark.slow  # 9 s
