@@ -81,7 +81,7 @@ def test_an_offline_run_holds_config_summary_table_model_and_exit_code(offline: 
     assert (stored["run"]["job_type"], stored["run"]["notes"]) == ("train", "a remark")
     assert set(stored["run"]["tags"]) == {"a", "b"}
     assert stored["exit_code"] == 0
-    assert all(rule["step"] == "examples" for name, rule in stored["metrics"].items() if name != "examples")
+    assert all(step == "examples" for name, step in stored["metrics"].items() if name != "examples")
     epochs = [row for row in rows_of(run) if "train/loss" in row]
     assert stored["summary"]["train/loss"] == {
         "min": min(r["train/loss"] for r in epochs),
@@ -180,6 +180,7 @@ def test_online_every_row_arrives_and_no_key_stays_behind(stub: WandbStub, tmp_p
     assert done.stdout.splitlines()[-1].endswith(f"/ent/chapter3-data-parallel/runs/{name}")
     assert [without_clock(row) for row in arrived["history"]] == rows_of(run)
     assert (arrived["exit_code"], arrived["groupName"], arrived["displayName"]) == (0, "study", run.name)
+    assert (arrived["complete"], arrived["config"]["reduction"]["value"]) == (True, "mean")
     assert any(artifact["artifactCollectionName"] == f"model-{name}" for artifact in stub.artifacts.values())
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
@@ -381,7 +382,7 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
     flags = ["--net", "mlp", "--lr", "1e30", "--wandb", "offline"]
     done = launch(ONE, tmp_path, *SHORT, *flags)
     stored = read_run(wandb_folder(only_run(tmp_path)))
-    ((title, text, _),) = stored["alerts"]
+    ((title, text),) = stored["alerts"]
     assert title == "The loss is not finite"
     assert "--reduction mean, lr 1e+30" in text
     assert done.returncode == 1

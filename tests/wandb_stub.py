@@ -38,7 +38,7 @@ def encoded(name: str) -> str:
 class WandbStub(ThreadingHTTPServer):
     """`with WandbStub() as stub:` answers at `stub.url` and keeps what it was sent.
 
-    runs, by id: config, history, summary, logs, events, alerts, exit_code, complete, upserts, and what W&B calls
+    runs, by id: config, history, summary, logs, events, exit_code, complete, upserts, and what W&B calls
         groupName, jobType, displayName, tags, notes, commit, state.
     reports, by id: displayName, description, spec (JSON), project.
     artifacts, by id: what CreateArtifact was given, and a state. uploads, by path: bytes.
@@ -77,21 +77,8 @@ class WandbStub(ThreadingHTTPServer):
 
     def run(self, name: str) -> dict[str, Any]:
         """Return what is known of a run, making it where it is new."""
-        return self.runs.setdefault(
-            name,
-            {
-                "config": {},
-                "history": [],
-                "summary": {},
-                "logs": [],
-                "events": [],
-                "files": {},
-                "exit_code": None,
-                "complete": False,
-                "alerts": [],
-                "upserts": [],
-            },
-        )
+        empty: dict[str, Any] = {key: [] for key in ("history", "logs", "events", "upserts")}
+        return self.runs.setdefault(name, empty | {"config": {}, "summary": {}, "exit_code": None, "complete": False})
 
     def answer(self, operation: str, variables: Variables, query: str) -> dict[str, Any]:
         """Answer a GraphQL operation by the method op_<its name>."""
@@ -191,10 +178,6 @@ class WandbStub(ThreadingHTTPServer):
 
     def op_RunStoppedStatus(self, v: Variables) -> dict[str, Any]:
         return {"project": {"run": {"stopped": False}}}
-
-    def op_NotifyScriptableRunAlert(self, v: Variables) -> dict[str, Any]:
-        self.run(v["runName"])["alerts"].append((v["title"], v["text"]))
-        return {"notifyScriptableRunAlert": {"success": True}}
 
     # Artifacts
 
