@@ -100,22 +100,6 @@ def test_the_cells_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--world-size", "0"], "world_size must be at least 1, got 0"),
-        (["--lr", "0"], "--lr 0 must be a finite number above 0"),
-        (["--lr", "nan"], "--lr nan must be a finite number above 0"),
-        (["--png", "."], "[Errno 21] Is a directory: '.'"),
-        (["--html", "."], "[Errno 21] Is a directory: '.'"),
-        (["--html", "page.html", "--world-size", "65"], "--world-size 65: the page of --html shows at most 64"),
-    ],
-)
-def test_bad_flags_get_one_line(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(flags) == 2
-    assert capsys.readouterr().err == f"scripts.explain: error: {says}\n"
-
-
 def test_a_billion_examples_are_explained_in_a_moment_and_the_samplers_batches_are_named() -> None:
     began = time.perf_counter()
     text = explain(10**9, 256, 6, 1, 0.1)
