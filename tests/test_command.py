@@ -28,6 +28,7 @@ REFUSED = {
     },
     "scripts.explain": {
         "--world-size 0": "world_size must be at least 1, got 0",
+        "--batch-size 0": "batch_size must be at least 1, got 0",
         "--lr 0": "--lr 0 must be a finite number above 0",
         "--lr nan": "--lr nan must be a finite number above 0",
         "--png .": "[Errno 21] Is a directory: '.'",

@@ -58,7 +58,7 @@ REFUSED = [
     ("--dtype float64 --mixed-precision bf16", "autocast leaves float64 as it is"),
     ("--cpu --mixed-precision fp16", "--mixed-precision fp16 needs a GPU"),
     ("--tail drop --train-examples 100", "--tail drop leaves an epoch without a step"),
-    ("--tail pad --accumulate 3", "--tail pad needs"),
+    ("--tail pad --accumulate 3", "(1 x 3 = 3) to divide --batch-size 256: choose a multiple of 3"),
     ("--virtual-ranks -1", "--virtual-ranks -1 must be 0 or more"),
     ("--virtual-ranks 65 --batch-size 64", "--virtual-ranks 65 must be 0 or more, and at most --batch-size"),
     ("--virtual-ranks 8 --accumulate 2", "--virtual-ranks sets the micro-batches itself: leave out --accumulate"),

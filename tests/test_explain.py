@@ -77,6 +77,7 @@ def test_the_books_defaults_over_eight_ranks() -> None:
         ["pad", "160", "0", "0", "8 x 32"],
     ]
     assert table[1].splitlines()[4].split()[:4] == ["drop", "0", "96", "0"]
+    assert Shards(60_000, 256, 8, tail="drop").step_count == 234
     ragged = next(part for part in table if part.startswith("--tail ragged"))
     assert "mean, rank                               0.375/n        0.375        0.0375  agree" in ragged
     assert "sum, rank, scratch                       0.375/n        0.375        0.0375  drift apart" in ragged
