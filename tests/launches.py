@@ -7,10 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.forks import Forked
 
@@ -89,6 +91,18 @@ def launch(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess
         kill(process)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int, run: str = "*") -> Path:
+    """Wait until a run under `out` has so many rows; return its folder. The process must not end before."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for rows in out.glob(f"{run}/metrics.jsonl"):
+            if rows.read_bytes().count(b"\n") >= count:
+                return rows.parent
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    return pytest.fail(f"no {count} rows within a minute")
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from loop.run.watchdog import first_line, is_from_backend
 from scripts import soak
 from tests.conftest import mount
 from tests.forks import Forked
-from tests.launches import PYTHON, environment, free_port, kill, launch, start
+from tests.launches import PYTHON, environment, free_port, kill, launch, start, wait_for_rows
 
 TIMEOUT_S = 3
 FLAGS = ["--train-examples", "2000", "--epochs", "100000", "--log-every", "5", "--run-name", "run"]
@@ -39,11 +39,7 @@ def job(out: Path, world_size: int, *flags: str) -> Iterator[list[subprocess.Pop
         for rank in range(world_size)
     ]  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        rows = out / "run" / "metrics.jsonl"
-        while not (rows.exists() and rows.read_bytes().count(b"\n") > 2):
-            assert time.monotonic() < deadline and ranks[0].poll() is None, ranks[0].communicate()[1]
-            time.sleep(0.1)
+        wait_for_rows(ranks[0], out, 3)
         yield ranks
     finally:
         for rank in ranks:
@@ -288,14 +284,10 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path
 def test_a_run_folder_deleted_while_wandb_is_offline_is_one_line(tmp_path: Path) -> None:
     flags = ["--log-every", "1", "--batch-size", "8", "--run-name", "run"]
     process = start([PYTHON, "train.py"], tmp_path, *flags, WANDB_MODE="offline")
-    rows = tmp_path / "run" / "metrics.jsonl"
-    while not (rows.exists() and rows.stat().st_size):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    (tmp_path / "run").rename(tmp_path / "gone")
+    run = wait_for_rows(process, tmp_path, 1)
+    run.rename(tmp_path / "gone")
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
     stderr = process.communicate(timeout=60)[1]
-    run = tmp_path / "run"
     assert stderr == f"train.py: error: the run cannot be saved: {run} was deleted. It has no checkpoint\n"
     assert process.returncode == 1
 
@@ -359,9 +351,7 @@ def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> Non
     assert launch(how, tmp_path, *flags, "--run-name", "whole").returncode == 0
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # pytorch#135712: else ranks find the last attempt's
     process = start(how, tmp_path, *flags, "--run-name", "cut", "--resume", "auto", **fresh_store)
-    rows = tmp_path / "cut" / "metrics.jsonl"
-    while not (rows.exists() and rows.read_bytes().count(b"\n") > 6):
-        time.sleep(0.02)
+    wait_for_rows(process, tmp_path, 7, run="cut")
     victim = next(c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1")
     victim.kill()
     out, err = process.communicate(timeout=90)

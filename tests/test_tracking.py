@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from loop.run.wandb_tracker import count_rows
-from tests.launches import LAUNCHES, forked_ranks, kill, launch, rank_pids, rows_of, start
+from tests.launches import LAUNCHES, forked_ranks, kill, launch, rank_pids, rows_of, start, wait_for_rows
 from tests.wandb_reader import read_run
 from tests.wandb_stub import KEY, WandbStub
 
@@ -127,24 +127,13 @@ def test_disabled_imports_no_wandb(tmp_path: Path) -> None:
     assert "W&B" not in done.stdout
 
 
-def wait_for_rows(out: Path, count: int, seconds: float = 60) -> Path:
-    """Wait until the one run under `out` has so many rows; return its folder."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        for rows in out.glob("*/metrics.jsonl"):
-            if rows.read_bytes().count(b"\n") >= count:
-                return rows.parent
-        time.sleep(0.05)
-    return pytest.fail(f"no {count} rows within {seconds} s")
-
-
 @pytest.mark.slow  # 9 s
 def test_with_no_key_a_run_starts_training_within_two_seconds_and_an_import(tmp_path: Path) -> None:
     def seconds_to_first_row(mode: str) -> float:
         began = time.monotonic()
         environ = {"HOME": str(tmp_path), "WANDB_MODE": ""}  # no netrc, no settings
         process = start(ONE, tmp_path / mode, *LONG, "--wandb", mode, **environ)
-        wait_for_rows(tmp_path / mode, 1)
+        wait_for_rows(process, tmp_path / mode, 1)
         seconds = time.monotonic() - began
         kill(process)
         return seconds
@@ -251,9 +240,9 @@ def test_a_run_kept_offline_is_sent_by_the_command_it_prints(
 def test_a_server_that_dies_in_mid_run_costs_no_row(tmp_path: Path) -> None:
     with WandbStub() as stub:
         process = start(ONE, tmp_path, *LONG, **keyed(stub.url))
-        wait_for_rows(tmp_path, 50)
+        wait_for_rows(process, tmp_path, 50)
         stub.fail = lambda kind, op: 503
-        run = wait_for_rows(tmp_path, 200)
+        run = wait_for_rows(process, tmp_path, 200)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=60)
@@ -266,7 +255,7 @@ def test_a_server_that_dies_in_mid_run_costs_no_row(tmp_path: Path) -> None:
 @pytest.mark.slow  # 12 s
 def test_the_background_service_killed_in_mid_run_does_not_end_the_training(tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *SHORT[2:], "--epochs", "60", WANDB_MODE="offline")
-    run = wait_for_rows(tmp_path, 5)
+    run = wait_for_rows(process, tmp_path, 5)
     services = [child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name()]
     assert services, "there is a service to kill"
     for service in services:
@@ -302,7 +291,7 @@ def test_a_killed_run_goes_on_as_the_same_online_run(stub: WandbStub, tmp_path: 
     behind = server_is == "behind the checkpoint"
     stub.fail = lambda kind, op: 503 if behind and kind == "file_stream" else None
     process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", **keyed(stub.url))
-    run = wait_for_rows(tmp_path, 30)
+    run = wait_for_rows(process, tmp_path, 30)
     (arrived,) = stub.runs.values()
     while not (behind or arrived["history"]):  # it sends every 15 s
         time.sleep(0.02)
@@ -320,7 +309,7 @@ def test_a_killed_run_goes_on_as_the_same_online_run(stub: WandbStub, tmp_path: 
 @pytest.mark.slow  # 11 s
 def test_a_run_that_cannot_go_on_online_is_left_as_it_is(stub: WandbStub, tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="disabled")
-    run = wait_for_rows(tmp_path, 30)
+    run = wait_for_rows(process, tmp_path, 30)
     kill(process)
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     stub.fail = lambda kind, op: 403 if op == "UpsertBucket" else None
@@ -334,7 +323,7 @@ def test_a_run_that_cannot_go_on_online_is_left_as_it_is(stub: WandbStub, tmp_pa
 @pytest.mark.slow  # 22 s
 def test_a_killed_run_goes_on_offline_with_the_rows_that_its_first_file_lacks(stub: WandbStub, tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *GOING_ON, "--epochs", "100000", WANDB_MODE="offline")
-    run = wait_for_rows(tmp_path, 100)
+    run = wait_for_rows(process, tmp_path, 100)
     first = wandb_folder(run)
     while (count_rows(first) or 0) < 50:
         time.sleep(0.1)
@@ -404,7 +393,7 @@ SIGNALS = [(signal.SIGTERM, 1, 2), (signal.SIGTERM, 0, 1), (signal.SIGINT, 0, 2)
 )
 def test_a_signal_stops_all_ranks_with_every_row_on_disk(tmp_path: Path, signum: int, rank: int, ranks: int) -> None:
     process = start(TWO if ranks == 2 else ONE, tmp_path, *LONG, WANDB_MODE="offline")
-    run = wait_for_rows(tmp_path, 30)
+    run = wait_for_rows(process, tmp_path, 30)
     os.kill(rank_pids(process)[rank], signum)
     began = time.monotonic()
     _, stderr = process.communicate(timeout=60)
@@ -419,7 +408,7 @@ def test_a_signal_stops_all_ranks_with_every_row_on_disk(tmp_path: Path, signum:
 @pytest.mark.slow  # 10 s
 def test_killed_outright_a_run_loses_a_second_at_most(tmp_path: Path) -> None:
     process = start(ONE, tmp_path, *LONG, WANDB_MODE="offline")
-    run = wait_for_rows(tmp_path, 30)
+    run = wait_for_rows(process, tmp_path, 30)
     time.sleep(1.5)
     before = len(rows_of(run))
     time.sleep(1.2)
@@ -432,7 +421,7 @@ def test_killed_outright_a_run_loses_a_second_at_most(tmp_path: Path) -> None:
 @pytest.mark.slow  # 16 s
 def test_a_rank_that_dies_leaves_rank_0s_rows_and_a_failed_run(tmp_path: Path) -> None:
     process = start(TWO, tmp_path, *LONG, WANDB_MODE="offline")
-    run = wait_for_rows(tmp_path, 30)
+    run = wait_for_rows(process, tmp_path, 30)
     os.kill(rank_pids(process)[1], signal.SIGKILL)
     process.communicate(timeout=90)
     assert process.returncode != 0
@@ -482,7 +471,7 @@ def test_a_signal_before_training_ends_the_w_and_b_run_too(stub: WandbStub, tmp_
 @pytest.mark.slow  # 19 s
 def test_ranks_whose_launcher_was_killed_end_themselves(tmp_path: Path) -> None:
     process = start(TWO, tmp_path, *LONG, WANDB_MODE="offline")
-    run = wait_for_rows(tmp_path, 30)
+    run = wait_for_rows(process, tmp_path, 30)
     ranks = [psutil.Process(pid) for pid in rank_pids(process)]
     process.kill()
     _, alive = psutil.wait_procs(ranks, timeout=20)
