@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from tests.forks import Forked
 
@@ -74,6 +77,24 @@ def kill(process: subprocess.Popen[str]) -> None:
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.communicate()
+
+
+@contextlib.contextmanager
+def ranks_of(commands: list[list[str]]) -> Iterator[list[Forked]]:
+    """Start a command for each rank, with a store that is this process's, as it is the launcher's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [
+        Forked(command, environment(**environ, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank, command in enumerate(commands)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:
