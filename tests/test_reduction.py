@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.config import Config
 from loop.data import as_floats, epoch_order
-from loop.effect import example_weights, sgd_divisor
+from loop.effect import sgd_divisor
 from loop.nets import make_net
 from loop.reduction import cell_backward, cell_loss, global_count
-from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here, train_plainly
+from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here
 from tests.ranks import World
 
 MODES = [("mean", "rank"), ("mean", "global"), ("sum", "rank"), ("sum", "global")]
@@ -78,15 +78,6 @@ def test_the_applied_gradient_is_the_predicted_one(
             assert abs(error - (1 - 1 / (world_size * accumulate))) < 1e-12, "1/(WK) of the sum"
 
 
-@pytest.mark.parametrize(("reduction", "normalize"), MODES)
-def test_example_weights_are_those_of_the_equation(reduction: str, normalize: str) -> None:
-    sizes = (4, 3, 0, 1)
-    cells = cells_of(torch.eye(8, dtype=torch.float64), sizes)  # gradient i is the i-th unit vector: weights show bare
-    weights = example_weights(reduction, normalize, sizes)
-    by_example = [weight for weight, size in zip(weights, sizes, strict=True) for _ in range(size)]
-    assert predicted(cells, reduction, normalize).tolist() == pytest.approx(by_example, rel=1e-15)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_scratch_replicas_drift_by_rank_and_not_globally(world: Callable[[int], World], reduction: str) -> None:
     def drift(normalize: str) -> float:
@@ -98,17 +89,6 @@ def test_scratch_replicas_drift_by_rank_and_not_globally(world: Callable[[int], 
 
     assert drift("global") == 0
     assert drift("rank") > 1e-3
-
-
-def test_scratch_drifts_by_the_quotient_of_the_last_cells(world: Callable[[int], World]) -> None:
-    # One step of 7 examples in cells of 4 and 3: the ranks hold one averaged gradient, and divide it by 4 and by 3.
-    config = toy_config(updater="scratch", reduction="sum", normalize="rank", batch_size=8, epochs=1, tail="ragged")
-    start = train_plainly(toy_config(batch_size=8, epochs=0), 7).weights
-    moved = [
-        torch.cat([(ours.weights[name] - start[name]).flatten() for name in start])
-        for ours in world(2).run(train_here, config, 7)
-    ]
-    assert (moved[0] * 4 - moved[1] * 3).norm() < 1e-12 * (moved[0] * 4).norm()
 
 
 def test_sgd_divisor_is_the_mode_table() -> None:
