@@ -20,7 +20,7 @@ from loop.data import as_floats, epoch_order
 from loop.nets import make_net
 from loop.progress import ShareAccumulator
 from loop.virtual_ranks import VirtualRanks, prime_factors, tree_sum, world_size
-from tests.cases import relative_distance, toy_config, toy_split, train_here, train_plainly, worst_metric_error
+from tests.cases import assert_one_process, toy_config, toy_split, train_here
 from tests.launches import forked_ranks, launch
 from tests.ranks import World
 
@@ -217,7 +217,4 @@ def test_training_gives_the_same_weights_and_figures_on_any_number_of_ranks(
 @pytest.mark.parametrize("choice", [{}, {"reduction": "sum"}, {"updater": "scratch"}, {"tail": "pad"}], ids=str)
 def test_training_takes_the_steps_of_one_process(world: Callable[[int], World], choice: dict[str, Any]) -> None:
     config = toy_config(virtual_ranks=12, batch_size=36, **choice)
-    plain = train_plainly(config, 75)
-    for ours in world(3).run(train_here, config, 75):
-        assert relative_distance(ours.weights, plain.weights) < 1e-12
-        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12
+    assert_one_process(world(3), config, 75)
