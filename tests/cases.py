@@ -72,16 +72,8 @@ def train_here(config: Config, examples: int) -> Trained:
     updater.apply = keep_gradient
     audited = Audited(updater, loss) if config.audit_every else None
     keep_epochs = SimpleNamespace(after_cell=lambda *_: None, after_epoch=epochs.append)
-    train_ch3(
-        net,
-        train_iter,
-        test_iter,
-        loss,
-        config.epochs,
-        audited or updater,
-        progress=progress,
-        observers=[keep_epochs],
-    )
+    how = {"progress": progress, "observers": [keep_epochs]}
+    train_ch3(net, train_iter, test_iter, loss, config.epochs, audited or updater, **how)
     readings = audited.audit.collect() if audited else []
     AcceleratorState._reset_state()
     return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, readings)

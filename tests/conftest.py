@@ -18,23 +18,10 @@ from tests.wandb_stub import KEY, WandbStub
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-LONGEST = (
-    "readme_commands",
-    "parity",
-    "tracking",
-    "virtual_ranks",
-    "faults",
-    "copied",
-    "wandb_report",
-    "checkpoints",
-    "train",
-    "readme",
-    "speed",
-    "compare",
-    "explain",
-    "peers",
-    "audit",
-)  # of the files, in this order
+LONGEST = (  # of the files, in this order
+    "readme_commands", "parity", "tracking", "virtual_ranks", "faults", "copied", "wandb_report", "checkpoints",
+    "train", "readme", "speed", "compare", "explain", "peers", "audit",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
