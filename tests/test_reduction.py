@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loop.config import Config
 from loop.data import as_floats, epoch_order
-from loop.effect import sgd_divisor
+from loop.effect import example_weights, sgd_divisor
 from loop.nets import make_net
 from loop.reduction import cell_backward, cell_loss, global_count
 from tests.cases import flat_gradient, relative_distance, toy_config, toy_split, train_here
@@ -76,6 +76,15 @@ def test_the_applied_gradient_is_the_predicted_one(
             assert error > 1e-3, "the mean of means must be wrong, and this test able to see it"
         if normalize == "rank" and reduction == "sum":
             assert abs(error - (1 - 1 / (world_size * accumulate))) < 1e-12, "1/(WK) of the sum"
+
+
+@pytest.mark.parametrize(("reduction", "normalize"), MODES)
+def test_example_weights_are_those_of_the_equation(reduction: str, normalize: str) -> None:
+    sizes = (4, 3, 0, 1)
+    cells = cells_of(torch.eye(8, dtype=torch.float64), sizes)  # gradient i is the i-th unit vector: weights show bare
+    weights = example_weights(reduction, normalize, sizes)
+    by_example = [weight for weight, size in zip(weights, sizes, strict=True) for _ in range(size)]
+    assert predicted(cells, reduction, normalize).tolist() == pytest.approx(by_example, rel=1e-15)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
