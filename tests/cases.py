@@ -79,6 +79,11 @@ def train_here(config: Config, examples: int) -> Trained:
     return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, readings)
 
 
+def flat_weights(net: nn.Module) -> Tensor:
+    """All parameters in one vector, a copy."""
+    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
+
 def flat_gradient(net: nn.Module) -> Tensor:
     """The gradient of all parameters in one vector, a copy."""
     return torch.cat([param.grad.flatten() for param in net.parameters()]).clone()
