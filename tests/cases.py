@@ -22,6 +22,7 @@ from loop.data import EvalBatches, Split, TrainBatches, as_floats, epoch_order
 from loop.nets import make_net
 from loop.progress import make_progress
 from loop.updater import Audited, make_updater
+from tests.ranks import World
 
 TEST_EXAMPLES = 37
 Weights = dict[str, Tensor]
@@ -71,19 +72,16 @@ def train_here(config: Config, examples: int) -> Trained:
     updater.apply = keep_gradient
     audited = Audited(updater, loss) if config.audit_every else None
     keep_epochs = SimpleNamespace(after_cell=lambda *_: None, after_epoch=epochs.append)
-    train_ch3(
-        net,
-        train_iter,
-        test_iter,
-        loss,
-        config.epochs,
-        audited or updater,
-        progress=progress,
-        observers=[keep_epochs],
-    )
+    how = {"progress": progress, "observers": [keep_epochs]}
+    train_ch3(net, train_iter, test_iter, loss, config.epochs, audited or updater, **how)
     readings = audited.audit.collect() if audited else []
     AcceleratorState._reset_state()
     return Trained(accelerator.unwrap_model(net).state_dict(), epochs, gradients, readings)
+
+
+def flat_weights(net: nn.Module) -> Tensor:
+    """All parameters in one vector, a copy."""
+    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
 
 
 def flat_gradient(net: nn.Module) -> Tensor:
@@ -150,6 +148,17 @@ def worst_metric_error(ours: list[Epoch], plain: list[Epoch]) -> float:
     """The largest relative difference of a loss or an accuracy over all epochs."""
     pairs = [(a, b) for x, y in zip(ours, plain, strict=True) for a, b in zip(x[1:5], y[1:5], strict=True)]
     return max(abs(a - b) / max(abs(b), 1e-300) if a != b else 0.0 for a, b in pairs)
+
+
+def assert_one_process(
+    ranks: World, config: Config, examples: int, *, weights: float = 1e-12, figures: float = 1e-12
+) -> None:
+    """Every rank's weights and figures are, to these relative errors, those of one process."""
+    plain = train_plainly(config, examples)
+    for rank, ours in enumerate(ranks.run(train_here, config, examples)):
+        case = f"N = {examples}, batch {config.batch_size}, rank {rank}"
+        assert relative_distance(ours.weights, plain.weights) < weights, case
+        assert worst_metric_error(ours.epochs, plain.epochs) < figures, case
 
 
 def toy_config(**flags: Any) -> Config:

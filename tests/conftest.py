@@ -21,23 +21,10 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
-LONGEST = (
-    "readme_commands",
-    "parity",
-    "tracking",
-    "virtual_ranks",
-    "faults",
-    "copied",
-    "wandb_report",
-    "checkpoints",
-    "train",
-    "readme",
-    "speed",
-    "compare",
-    "explain",
-    "peers",
-    "audit",
-)  # of the files, in this order
+LONGEST = (  # of the files, in this order
+    "readme_commands", "parity", "tracking", "virtual_ranks", "faults", "copied", "wandb_report", "checkpoints",
+    "train", "readme", "speed", "compare", "explain", "peers", "audit",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+from torch.distributed import TCPStore
 
 from tests.forks import Forked
 
@@ -74,6 +79,24 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+@contextlib.contextmanager
+def ranks_of(commands: list[list[str]]) -> Iterator[list[Forked]]:
+    """Start a command for each rank, with a store that is this process's, as it is the launcher's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [
+        Forked(command, environment(**environ, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank, command in enumerate(commands)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:
     """The process ids of a launch's ranks, in rank order; without a launcher, the process itself."""
     ranks = {int(c.environ()["RANK"]): c.pid for c in psutil.Process(process.pid).children() if "RANK" in c.environ()}
@@ -89,6 +112,18 @@ def launch(how: list[str], out: Path, *flags: str, **environ: str) -> subprocess
         kill(process)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int, run: str = "*") -> Path:
+    """Wait until a run under `out` has so many rows; return its folder. The process must not end before."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for rows in out.glob(f"{run}/metrics.jsonl"):
+            if rows.read_bytes().count(b"\n") >= count:
+                return rows.parent
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    return pytest.fail(f"no {count} rows within a minute")
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

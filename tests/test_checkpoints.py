@@ -94,33 +94,31 @@ def assert_equal(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "crash_at"),
+    ("flags", "crashes"),
     [
-        ("--net softmax --tail ragged --audit-every 2", 1),  # before the first checkpoint
-        ("--net mlp --momentum 0.9 --accumulate 2", 3),  # a step after one
-        ("--net lenet --optimizer adamw", 5),  # after an epoch's last step, before its test
-        ("--net mlp --updater scratch --reduction sum --normalize rank --tail ragged --lr 0.001", 7),  # replicas differ
-        ("--net lenet --normalize rank --tail ragged --audit-every 1", 9),
+        ("--net softmax --tail ragged --audit-every 2", [1]),  # before the first checkpoint
+        ("--net mlp --momentum 0.9 --accumulate 2", [3]),  # a step after one
+        ("--net lenet --optimizer adamw", [5]),  # after an epoch's last step, before its test
+        (
+            "--net mlp --updater scratch --reduction sum --normalize rank --tail ragged --lr 0.001",
+            [7],
+        ),  # replicas differ
+        ("--net lenet --normalize rank --tail ragged --audit-every 1", [9]),
+        ("", [3, 5, 6, 10]),
     ],
 )
 @pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])  # 10 s
-def test_a_run_goes_on_bit_for_bit(world: Worlds, tmp_path: Path, world_size: int, flags: str, crash_at: int) -> None:
+def test_a_run_goes_on_bit_for_bit(
+    world: Worlds, tmp_path: Path, world_size: int, flags: str, crashes: list[int]
+) -> None:
     ranks = world(world_size)
     ranks.run(run_here, f"{flags} --run-name whole", tmp_path)
-    cut_off(ranks, flags, tmp_path, crash_at)
+    for crash_at in crashes:
+        cut_off(ranks, f"{flags} --resume auto", tmp_path, crash_at)
     results = ranks.run(run_here, f"{flags} --run-name cut --resume auto", tmp_path)
     assert {code for code, _ in results} == {0}
-    if crash_at > 1:
+    if 1 < crash_at < 10:  # there is a checkpoint, and something left to do
         assert f"{crash_at - 1} steps are done" in results[0][1] or f"{crash_at} steps are done" in results[0][1]
-    assert_equal(tmp_path / "cut", tmp_path / "whole")
-
-
-def test_a_run_may_be_cut_off_again_and_again(world: Worlds, tmp_path: Path) -> None:
-    ranks = world(3)
-    ranks.run(run_here, "--run-name whole", tmp_path)
-    for crash_at in (3, 5, 6, 10):
-        cut_off(ranks, "--resume auto", tmp_path, crash_at)
-    ranks.run(run_here, "--run-name cut --resume auto", tmp_path)
     assert_equal(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -188,13 +186,6 @@ def test_an_operation_that_is_not_deterministic_ends_a_run_with_virtual_ranks_by
     assert after == (False, threads), "a later run in the same process is as it was"
 
 
-@pytest.mark.parametrize(("before", "now"), [("8", "4"), ("0", "8"), ("8", "0")])
-def test_another_number_of_virtual_ranks_is_other_mathematics(tmp_path: Path, before: str, now: str) -> None:
-    cut_off(World(1), f"--virtual-ranks {before}", tmp_path, 3)
-    with pytest.raises(InputError, match=f"virtual_ranks {before} -> {now}"):
-        run_here(f"--virtual-ranks {now} --run-name cut --resume auto", tmp_path)
-
-
 def test_a_checkpoint_of_a_version_without_virtual_ranks_has_none(tmp_path: Path) -> None:
     cut_off(World(1), "", tmp_path, 3)
     (state,) = (tmp_path / "cut/checkpoints").glob(f"*/{STATE}")
@@ -219,13 +210,26 @@ def test_the_last_two_checkpoints_are_kept(cut: Path) -> None:
     assert kept == ["epoch-0002-step-00000005", "epoch-0002-step-00000006"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", STATE])
-def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(cut: Path, name: str) -> None:
-    path = cut / "checkpoints" / "epoch-0002-step-00000006" / name
-    path.write_bytes(path.read_bytes()[:-7])
+LAST = "checkpoints/epoch-0002-step-00000006"
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "flaw"),
+    [
+        (f"{LAST}/model.safetensors", 7, ""),
+        (f"{LAST}/optimizer.bin", 7, ""),
+        (f"{LAST}/{STATE}", 7, ""),
+        ("metrics.jsonl", 1, "{} has lost rows since"),
+    ],
+)
+def test_a_checkpoint_that_is_torn_or_whose_rows_are_gone_is_named_and_the_one_before_it_used(
+    cut: Path, name: str, lost: int, flaw: str
+) -> None:
+    path = cut / name
+    path.write_bytes(path.read_bytes()[:-lost])
     code, said = run_here("--run-name cut --resume auto", cut.parent)
     assert code == 0
-    assert "left out" in said and "epoch-0002-step-00000006" in said and "5 steps are done" in said
+    assert f"left out {cut / LAST}: {flaw.format(path)}" in said and "5 steps are done" in said
     assert_equal(cut, cut.parent / "whole")
 
 
@@ -236,15 +240,6 @@ def test_checkpoints_that_are_no_good_do_not_crowd_out_new_ones(cut: Path) -> No
     code, said = run_here("--run-name cut --resume auto", cut.parent)
     assert code == 0
     assert "4 steps are done" in said and "left out" not in said
-    assert_equal(cut, cut.parent / "whole")
-
-
-def test_a_checkpoint_whose_rows_are_gone_is_named_and_left_out(cut: Path) -> None:
-    rows = cut / "metrics.jsonl"
-    rows.write_bytes(rows.read_bytes()[:-1])
-    code, said = run_here("--run-name cut --resume auto", cut.parent)
-    assert code == 0
-    assert f"step-00000006: {rows} has lost rows since" in said and "5 steps are done" in said
     assert_equal(cut, cut.parent / "whole")
 
 
@@ -341,10 +336,21 @@ def test_other_mathematics_are_refused_with_the_difference(cut: Path, flags: str
     assert (cut / "metrics.jsonl").read_bytes() == before
 
 
-def test_by_rank_another_number_of_ranks_is_other_mathematics(world: Worlds, tmp_path: Path) -> None:
-    cut_off(world(2), "--normalize rank", tmp_path, 7)
-    with pytest.raises(InputError, match="world_size 2 -> 1"):
-        run_here("--normalize rank --run-name cut --resume auto", tmp_path)
+@pytest.mark.parametrize(
+    ("ranks", "before", "now", "said"),
+    [
+        (1, "--virtual-ranks 8", "--virtual-ranks 4", "virtual_ranks 8 -> 4"),
+        (1, "", "--virtual-ranks 8", "virtual_ranks 0 -> 8"),
+        (1, "--virtual-ranks 8", "--virtual-ranks 0", "virtual_ranks 8 -> 0"),
+        (2, "--normalize rank", "--normalize rank", "world_size 2 -> 1"),
+    ],
+)
+def test_another_number_of_cells_that_bits_or_weights_hang_on_is_other_mathematics(
+    world: Worlds, tmp_path: Path, ranks: int, before: str, now: str, said: str
+) -> None:
+    cut_off(world(ranks), before, tmp_path, 7)
+    with pytest.raises(InputError, match=said):
+        run_here(f"{now} --run-name cut --resume auto", tmp_path)
 
 
 def test_what_leaves_the_mathematics_alone_may_change(cut: Path) -> None:
@@ -481,12 +487,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
     wild = f"--net mlp --reduction sum --lr 1e30 --run-name wild {flags}"
     results = world(2).run(run_here, wild, tmp_path)
     assert {code for code, _ in results} == {1}
-    said = results[0][1]
-    assert (
-        "train.py: the loss is nan, under --reduction sum --normalize global: start a new run with --lr 6.25e+28"
-        in said
-    )
-    assert "(a sum's step is 16 times the mean's)" in said
+    assert "train.py: the loss is nan, under --reduction sum --normalize global: start a new run" in results[0][1]
     for checkpoint in (tmp_path / "wild" / "checkpoints").glob("epoch-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
@@ -589,11 +590,3 @@ def test_a_stop_is_acted_on_at_a_checkpoint_too(tmp_path: Path) -> None:
         code, said = run_here("--log-every 1000 --run-name cut", tmp_path)
     assert code == 143
     assert "stopped by SIGTERM after step 4" in said and "step-00000004, is kept" in said
-
-
-@pytest.mark.parametrize("path", ["nowhere", "."])
-def test_a_resume_from_nowhere_is_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(InputError, match=f"--resume {tmp_path / path}"):
-        config = parse([*SMALL.split(), "--resume", str(tmp_path / path), "--out", str(tmp_path / "out")])
-        config.validate()
-        train.train(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cases import relative_distance, toy_config, train_here, train_plainly, worst_metric_error
+from tests.cases import assert_one_process, toy_config
 from tests.ranks import World
 
 # (examples, batch size): a last step of 3, so that ranks idle; of 1, in an epoch of batches that W = 3 and 4 do not
@@ -43,11 +43,7 @@ def test_global_takes_the_steps_of_one_process(
         config = toy_config(
             batch_size=batch_size, accumulate=accumulate, tail=tail, reduction=reduction, **UPDATERS[updater]
         )
-        plain = train_plainly(config, examples)
-        for rank, ours in enumerate(world(world_size).run(train_here, config, examples)):
-            case = f"N = {examples}, batch {batch_size}, rank {rank}"
-            assert relative_distance(ours.weights, plain.weights) < 1e-12, case
-            assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12, case
+        assert_one_process(world(world_size), config, examples)
 
 
 @pytest.mark.parametrize("tail", ["spread", "ragged"])
@@ -58,16 +54,10 @@ def test_the_deeper_nets_are_exact_too(
     world: Callable[[int], World], net: str, reduction: str, updater: str, tail: str
 ) -> None:
     config = toy_config(net=net, batch_size=16, accumulate=2, reduction=reduction, tail=tail, **UPDATERS[updater])
-    plain = train_plainly(config, 67)
-    for ours in world(3).run(train_here, config, 67):
-        assert relative_distance(ours.weights, plain.weights) < 1e-12
-        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-12
+    assert_one_process(world(3), config, 67)
 
 
 @pytest.mark.parametrize("net", ["softmax", "mlp", "lenet"])
 def test_float32_stays_within_rounding_of_one_process(world: Callable[[int], World], net: str) -> None:
     config = toy_config(net=net, dtype="float32", batch_size=16, accumulate=3)
-    plain = train_plainly(config, 67)
-    for ours in world(4).run(train_here, config, 67):
-        assert relative_distance(ours.weights, plain.weights) < 1e-6
-        assert worst_metric_error(ours.epochs, plain.epochs) < 1e-5
+    assert_one_process(world(4), config, 67, weights=1e-6, figures=1e-5)

@@ -10,20 +10,18 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
 
 from loop.run.folder import RunFolder, write_json
 from loop.run.watchdog import first_line, is_from_backend
 from scripts import soak
 from tests.conftest import mount
-from tests.forks import Forked
-from tests.launches import PYTHON, environment, free_port, kill, launch, start
+from tests.launches import PYTHON, free_port, kill, launch, ranks_of, start, wait_for_rows
 
 TIMEOUT_S = 3
 FLAGS = ["--train-examples", "2000", "--epochs", "100000", "--log-every", "5", "--run-name", "run"]
@@ -39,11 +37,7 @@ def job(out: Path, world_size: int, *flags: str) -> Iterator[list[subprocess.Pop
         for rank in range(world_size)
     ]  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        rows = out / "run" / "metrics.jsonl"
-        while not (rows.exists() and rows.read_bytes().count(b"\n") > 2):
-            assert time.monotonic() < deadline and ranks[0].poll() is None, ranks[0].communicate()[1]
-            time.sleep(0.1)
+        wait_for_rows(ranks[0], out, 3)
         yield ranks
     finally:
         for rank in ranks:
@@ -128,24 +122,13 @@ runpy.run_path("train.py", run_name="__main__")
 def test_wherever_a_rank_is_lost_one_line_names_it(
     tmp_path: Path, fault: str, place: str, at: str, world_size: int
 ) -> None:
-    """The last rank is lost; the store is this process's, as it is the launcher's."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    lost = world_size - 1
-    ranks = [
-        start([PYTHON, *(["-c", FAULTY, fault, place, at] if rank == lost else ["train.py"])], tmp_path, *FLAGS,
-              "--ddp-timeout", str(TIMEOUT_S), "--log-every", "1", **environ, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(world_size)
-    ]  # fmt: skip
-    try:
+    """The last rank is lost."""
+    lost, flags = world_size - 1, [*FLAGS, "--ddp-timeout", str(TIMEOUT_S), "--log-every", "1", "--out", str(tmp_path)]
+    programs = [["train.py"]] * lost + [["-c", FAULTY, fault, place, at]]
+    with ranks_of([[PYTHON, *program, *flags] for program in programs]) as ranks:
         said = ends(ranks[:lost], within=90)  # starting takes some of it
         ranks[lost].kill()
         (line,) = said + ranks[lost].communicate()[1].splitlines()  # one that hangs may find it first
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                kill(rank)
     how = "is alive, but does not come to where the others wait: it hangs"
     if fault != "hangs":
         how = "is dead, stopped, or cut off: no sign of life for 3 s"
@@ -219,21 +202,9 @@ with run.watchdog:
     ],
 )
 def test_only_a_rank_that_is_at_fault_is_accused_and_the_backend_is_quoted(fault: str, report: str) -> None:
-    """Three ranks whose store is this process's, as it is the launcher's."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environ = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ranks = [
-        Forked([PYTHON, "-c", FAULT, fault], env=environment(**environ, RANK=str(rank)))
-        for rank in range(3)
-    ]  # fmt: skip
-    try:
-        waiting = {"hangs": [1], "of one rank": [1, 2]}.get(fault, [])
+    waiting = {"hangs": [1], "of one rank": [1, 2]}.get(fault, [])
+    with ranks_of([[PYTHON, "-c", FAULT, fault]] * 3) as ranks:
         said = "".join(rank.communicate(timeout=40)[1] for number, rank in enumerate(ranks) if number not in waiting)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
     assert re.fullmatch(f"train.py: error: {report}. It has no checkpoint\n", said), said
 
 
@@ -246,6 +217,7 @@ def test_an_error_that_only_names_a_backend_is_left_to_its_traceback() -> None:
     assert first_line(RuntimeError()) == "RuntimeError()"
 
 
+WHY = "its file system cannot lock files (flock: Function not implemented)"
 NO_FLOCK = """
 import errno, fcntl, os, runpy
 def flock(*_):
@@ -255,22 +227,23 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--run-name", "run"], ["--run-name", "run", "--resume", "auto"]])
-def test_a_file_system_without_flock_is_one_line_and_no_folder(tmp_path: Path, flags: list[str]) -> None:
-    done = launch([PYTHON, "-c", NO_FLOCK], tmp_path, *flags)
-    assert done.stderr == (
-        f"train.py: error: --out {tmp_path}: two runs could mix there, because its file system cannot lock files "
-        "(flock: Function not implemented): choose a folder on another file system\n"
-    )
-    assert done.returncode == 2
-    assert not list(tmp_path.iterdir())
+NO_RUN = f"--out {{0}}: two runs could mix there, because {WHY}: choose a folder on another file system"
+NO_DATA = f"--data-dir {{0}}/data: cannot keep Fashion-MNIST there: {WHY}"
 
 
-def test_a_data_folder_without_flock_is_one_line(tmp_path: Path) -> None:
-    done = launch([PYTHON, "-c", NO_FLOCK], tmp_path, "--data-dir", str(tmp_path / "data"))
-    why = "its file system cannot lock files (flock: Function not implemented)"
-    assert done.stderr == (f"train.py: error: --data-dir {tmp_path / 'data'}: cannot keep Fashion-MNIST there: {why}\n")
-    assert done.returncode == 2
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], NO_RUN),
+        (["--run-name", "run"], NO_RUN),
+        (["--run-name", "run", "--resume", "auto"], NO_RUN),
+        (["--data-dir", "{0}/data"], NO_DATA),
+    ],
+)
+def test_a_file_system_without_flock_is_one_line_and_no_run(tmp_path: Path, flags: list[str], says: str) -> None:
+    done = launch([PYTHON, "-c", NO_FLOCK], tmp_path, *(flag.format(tmp_path) for flag in flags))
+    assert (done.returncode, done.stderr) == (2, f"train.py: error: {says.format(tmp_path)}\n")
+    assert not [path for path in tmp_path.iterdir() if path.name != "data"]
 
 
 def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
@@ -288,14 +261,10 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path
 def test_a_run_folder_deleted_while_wandb_is_offline_is_one_line(tmp_path: Path) -> None:
     flags = ["--log-every", "1", "--batch-size", "8", "--run-name", "run"]
     process = start([PYTHON, "train.py"], tmp_path, *flags, WANDB_MODE="offline")
-    rows = tmp_path / "run" / "metrics.jsonl"
-    while not (rows.exists() and rows.stat().st_size):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    (tmp_path / "run").rename(tmp_path / "gone")
+    run = wait_for_rows(process, tmp_path, 1)
+    run.rename(tmp_path / "gone")
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
     stderr = process.communicate(timeout=60)[1]
-    run = tmp_path / "run"
     assert stderr == f"train.py: error: the run cannot be saved: {run} was deleted. It has no checkpoint\n"
     assert process.returncode == 1
 
@@ -315,53 +284,42 @@ def test_a_disk_that_fills_up_with_rows_is_one_line(disk: Path) -> None:
     assert done.returncode == 1
 
 
-@pytest.mark.slow  # 8 s
-def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
-    with job(disk, 2, "--checkpoint-every", "5") as ranks:
-        with (disk / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
-            while True:
-                ballast.write(bytes(4096))
-        line = rank_0_says(ranks)
-    assert line.startswith("train.py: error: the run cannot be saved: ")
-    assert "No space left on device" in line
-    assert line.endswith("--ddp-timeout 3 --checkpoint-every 5 --out " + f"{disk} --run-name run --resume auto")
+def fill(disk: Path) -> None:
+    with (disk / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
 
 
-@pytest.mark.slow  # 8 s
-def test_a_disk_that_turns_read_only_ends_the_run_with_the_last_checkpoint_kept(disk: Path) -> None:
+def turn_read_only(disk: Path) -> None:
+    mount("--bind", str(disk / "run"), str(disk / "run"))  # the kernel makes no disk read-only while it is in use,
+    while True:  # but what is opened from here on is; unless a file has just been opened for writing
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return mount("-o", "remount,ro,bind", str(disk / "run"))
+
+
+@pytest.mark.slow  # 8 s each
+@pytest.mark.parametrize(
+    ("fails", "said"), [(fill, "No space left on device"), (turn_read_only, "Read-only file system")]
+)
+def test_a_disk_that_takes_no_more_ends_the_run_with_the_last_checkpoint_kept(
+    disk: Path, fails: Callable[[Path], None], said: str
+) -> None:
     with job(disk, 2, "--checkpoint-every", "5") as ranks:
-        mount("--bind", str(disk / "run"), str(disk / "run"))  # the kernel makes no disk read-only while it is in use,
-        while True:  # but what is opened from here on is; unless a file has just been opened for writing
-            with contextlib.suppress(subprocess.CalledProcessError):
-                mount("-o", "remount,ro,bind", str(disk / "run"))
-                break
+        fails(disk)
         line = rank_0_says(ranks)
     assert line.startswith("train.py: error: the run cannot be saved: ")
-    assert "Read-only file system" in line
+    assert said in line
     assert line.endswith("--ddp-timeout 3 --checkpoint-every 5 --out " + f"{disk} --run-name run --resume auto")
 
 
 @pytest.mark.slow  # 32 s
 def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    flags = [
-        "--train-examples",
-        "3000",
-        "--epochs",
-        "12",
-        "--net",
-        "mlp",
-        "--log-every",
-        "5",
-        "--checkpoint-every",
-        "5",
-    ]
+    flags = ["--train-examples=3000", "--epochs", "12", "--net", "mlp", "--log-every", "5", "--checkpoint-every", "5"]
     how = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", "train.py"]
     assert launch(how, tmp_path, *flags, "--run-name", "whole").returncode == 0
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # pytorch#135712: else ranks find the last attempt's
     process = start(how, tmp_path, *flags, "--run-name", "cut", "--resume", "auto", **fresh_store)
-    rows = tmp_path / "cut" / "metrics.jsonl"
-    while not (rows.exists() and rows.read_bytes().count(b"\n") > 6):
-        time.sleep(0.02)
+    wait_for_rows(process, tmp_path, 7, run="cut")
     victim = next(c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1")
     victim.kill()
     out, err = process.communicate(timeout=90)

@@ -115,13 +115,9 @@ def test_when_every_source_fails_one_message_lists_them_all(tmp_path: Path) -> N
         fetch.fetch_fashion_mnist(tmp_path)
     message = str(failure.value)
     for part in (
-        "--data-dir",
-        "not installed",
-        "_torchvision_download is out of reach",
-        "_debian_package is out of reach",
-        "Put the four files",
-        "--dataset FOLDER",
-    ):
+        "--data-dir", "not installed", "_torchvision_download is out of reach", "_debian_package is out of reach",
+        "Put the four files", "--dataset FOLDER",
+    ):  # fmt: skip
         assert part in message
 
 

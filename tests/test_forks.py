@@ -15,9 +15,3 @@ def test_a_program_starts_with_torchs_imports_made_and_none_of_this_projects() -
     process = Forked([sys.executable, "-c", MODULES, *names], environment())
     assert process.communicate() == ("True True True True False False False\n", "")
     assert process.returncode == 3
-
-
-def test_a_module_is_run_as_by_the_interpreter() -> None:
-    process = Forked([sys.executable, "-m", "scripts.explain", "--world-size", "0"], environment())
-    assert process.communicate()[1].startswith("scripts.explain: error: ")
-    assert process.returncode == 2

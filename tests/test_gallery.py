@@ -336,8 +336,3 @@ def test_every_study_can_be_run_and_no_two_runs_share_a_folder(tmp_path: Path) -
     planned = [run for study in gallery.STUDIES for run in gallery.planned_runs(study, tmp_path)]
     assert len({run.folder for run in planned}) == len(planned)
     assert len({run.launch_key for run in planned}) == 4, "a launch a world size"
-
-
-def test_a_figure_that_is_not_there_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gallery.main(["--only", "nonsense"]) == 2
-    assert capsys.readouterr().err.startswith("scripts.gallery: error: --only nonsense: there is no such figure")

@@ -95,16 +95,7 @@ def test_micro_batches_come_from_the_flag_alone(
 
 @pytest.mark.slow  # 14 s
 def test_accelerate_launch_hands_its_precision_on_and_its_compiler_is_refused(tmp_path: Path) -> None:
-    how = [
-        PYTHON,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
+    how = [PYTHON, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
     done = launch([*how, "--mixed_precision", "bf16", "train.py"], tmp_path / "bf16", *TINY)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "bf16" / "run" / "config.json").read_text())["mixed_precision"] == "bf16"

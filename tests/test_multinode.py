@@ -19,7 +19,7 @@ from loop.config import InputError
 from scripts.cluster import interface
 from tests.cases import relative_distance
 from tests.hosts import ADDRESSES, NAMES, NoHostsError, TwoHosts
-from tests.launches import LAUNCHES, kill, launch, rows_of, start
+from tests.launches import LAUNCHES, kill, launch, rows_of, start, wait_for_rows
 
 MULTINODE = ["bash", "scripts/cluster/multinode.sh"]
 SLICE = ["--dtype", "float64", "--epochs", "20", "--train-examples", "1003", "--batch-size", "128"]
@@ -80,10 +80,7 @@ def test_a_host_cut_off_for_a_while_costs_a_restart_and_not_a_digit(
 ) -> None:
     flags = ["--run-name", "cut", "--checkpoint-every", "5", "--ddp-timeout", str(DDP_TIMEOUT_S)]
     nodes = start_on_both(hosts, "c10d", tmp_path, *flags, MAX_RESTARTS="5", JOIN_S="60")
-    rows = tmp_path / "cut" / "metrics.jsonl"
-    while not (rows.exists() and rows.read_bytes().count(b"\n") > 3):
-        assert nodes[0].poll() is None, nodes[0].communicate()[1]
-        time.sleep(0.01)
+    wait_for_rows(nodes[0], tmp_path, 4)
     hosts.cable("down")
     cut = time.monotonic()
     assert nodes[0].stderr

@@ -149,23 +149,16 @@ def test_a_ranks_exception_comes_back_whole() -> None:
     assert lines[-1] == "KeyError: 'no such shard'"
 
 
-def test_a_rank_that_ends_is_told_with_its_exit_code_and_last_words() -> None:
+@pytest.mark.parametrize("later", [0, 0.5])
+def test_a_rank_that_ends_is_told_with_its_last_words_before_those_that_fail_with_it(later: float) -> None:
     with (
         parity.Ranks(2) as ranks,
         pytest.raises(parity.RankError, match="rank 1 of 2: at last\nended with exit code 7"),
     ):
-        ranks.run(ends)
+        ranks.run(ends, later)
 
 
-def test_a_rank_that_dies_is_told_before_those_that_fail_with_it() -> None:
-    with (
-        parity.Ranks(2) as ranks,
-        pytest.raises(parity.RankError, match="rank 1 of 2: at last\nended with exit code 7"),
-    ):
-        ranks.run(ends, 0.5)
-
-
-def ends(later: float = 0) -> None:
+def ends(later: float) -> None:
     if os.environ["RANK"] == "0" and later:
         raise ConnectionResetError
     time.sleep(later)

@@ -197,21 +197,3 @@ def test_the_table_and_the_file_say_the_same(tmp_path: Path, capsys: pytest.Capt
 def test_this_project_off_by_more_than_rounding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PEERS", {OURS: PEERS["Accelerate"]})
     assert main(["--examples", "129", "--world-size", "2"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--examples", "0"], "--examples 0: must be at least 1"),
-        (["--examples", "60001"], "--examples 60001: there are only 60000"),
-        (["--world-size", "1"], "--world-size 1: one rank has no one to differ from"),
-        (["--timeout", "0"], "--timeout 0: must lie between 0 and 120"),
-        (["--only", "Horovod"], f"--only Horovod: no such peer; there are: {'; '.join(PEERS)}"),
-        (["--json", "."], "[Errno 21] Is a directory: '.'"),
-        (["--examples", "0", "--timeout", "0"], "--examples 0: must be at least 1"),
-        (["--json", "/no/such/folder/peers.json"], "[Errno 2] No such file or directory: '/no/such/folder/peers.json'"),
-    ],
-)
-def test_bad_flags_get_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(flags) == 2
-    assert capsys.readouterr().err == f"scripts.peers: error: {message}\n"

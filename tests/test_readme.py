@@ -32,7 +32,7 @@ from loop.run.console import last_batch
 from scripts import recipes, sweep
 from scripts.symptoms import __main__ as symptoms
 from scripts.symptoms.loaders import PATIENCE_S, uneven_hang
-from tests.cases import flat_gradient
+from tests.cases import flat_gradient, flat_weights
 from tests.ranks import World
 
 ROOT = Path(__file__).parent.parent
@@ -298,7 +298,7 @@ def taken_home(folder: Path, count: int, tokens: bool, accelerated: bool) -> tup
             losses.append(float(train_step(net, optimizer, batches, "cpu", **backward)))
     collectives = sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))
     # collectives: of the last step, where DDP's buckets are settled
-    return losses, nn.utils.parameters_to_vector(net.parameters()).detach(), collectives
+    return losses, flat_weights(net), collectives
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -322,7 +322,7 @@ def test_what_is_taken_home_takes_one_processs_steps(
         loss.backward()
         optimizer.step()
         plain.append(float(loss.detach()))
-    want = nn.utils.parameters_to_vector(net.parameters()).detach()
+    want = flat_weights(net)
     for losses, weights, collectives in world(world_size).run(taken_home, tmp_path, count, tokens, accelerated):
         assert (weights - want).norm() <= 1e-12 * want.norm()
         assert losses == pytest.approx(plain, rel=1e-12)
@@ -332,12 +332,12 @@ def test_what_is_taken_home_takes_one_processs_steps(
 def without_a_label(folder: Path) -> float:
     """Take a step in which every label of every rank is masked; return how far AdamW's weight decay moved a weight."""
     net, _ = net_and_optimizer()
-    before = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    before = flat_weights(net)
     net = DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
     batch = torch.ones(2, 4, dtype=torch.float64), torch.full((2,), IGNORED)
     assert float(train_step_of(folder / str(os.getpid()))(net, optimizer, [batch], "cpu")) == 0
-    return float((nn.utils.parameters_to_vector(net.parameters()) - before).abs().max())
+    return float((flat_weights(net) - before).abs().max())
 
 
 def test_a_step_without_a_label_is_not_taken_on_any_rank(world: Callable[[int], World], tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def of_a_static_graph(folder: Path, static_graph: bool) -> Tensor:
     train_step = train_step_of(folder / str(os.getpid()))
     for step in (0, 2):
         train_step(net, optimizer, micro_batches(torch.distributed.get_rank(), 2, step, tokens=False), "cpu")
-    return nn.utils.parameters_to_vector(net.parameters()).detach()
+    return flat_weights(net)
 
 
 def test_a_static_graph_takes_the_same_steps(world: Callable[[int], World], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from loop import parity
 from scripts import recipes
 from scripts.recipes import CLASSES, IGNORED, LR, Batch, deal, make_net
+from tests.cases import flat_weights
 from tests.launches import environment
 from tests.ranks import World
 
@@ -53,7 +54,7 @@ def by_hand(world_size: int, masked: bool, right: bool) -> tuple[Tensor, Tensor]
     """One process's weights, before and after; right: by the mean over all labels, else by the mean of means."""
     steps = [[cell for rank in range(world_size) for cell in cells(step, rank, masked)] for step in range(len(SIZES))]
     net = make_net(steps)
-    start = weights(net)
+    start = flat_weights(net)
     for step in steps:
         counts = [int((y != IGNORED).sum()) for _, y in step]
         gradient = torch.zeros_like(start)
@@ -62,13 +63,8 @@ def by_hand(world_size: int, masked: bool, right: bool) -> tuple[Tensor, Tensor]
             F.cross_entropy(net(x).view(-1, CLASSES), y.flatten(), reduction="sum").backward()
             weight = 1 / sum(counts) if right else 1 / (max(n, 1) * len(step))
             gradient += weight * torch.cat([param.grad.flatten() for param in net.parameters()])
-        nn.utils.vector_to_parameters(weights(net) - LR * gradient, net.parameters())
-    return start, weights(net)
-
-
-def weights(net: nn.Module) -> Tensor:
-    """All parameters in one vector, a copy."""
-    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+        nn.utils.vector_to_parameters(flat_weights(net) - LR * gradient, net.parameters())
+    return start, flat_weights(net)
 
 
 def trained(recipe: str, right: bool) -> Tensor:
@@ -77,7 +73,7 @@ def trained(recipe: str, right: bool) -> Tensor:
     module = importlib.import_module(f"scripts.recipes.{recipe}")
     rank = torch.distributed.get_rank()
     batches = [cells(step, rank, recipe == "masked_tokens") for step in range(len(SIZES))]
-    ours = weights((module.train if right else module.plain)(batches))
+    ours = flat_weights((module.train if right else module.plain)(batches))
     AcceleratorState._reset_state()
     return ours
 

@@ -37,13 +37,3 @@ def test_an_environment_can_be_activated_as_made_and_when_repaired(tmp_path: Pat
         (environment / "bin" / "python").symlink_to(tmp_path / "gone")
     assert set_up(tmp_path) == str(environment)
     assert (installed / "kept.py").exists()
-
-
-def test_an_active_environment_that_is_gone_is_told_as_that(tmp_path: Path) -> None:
-    (tmp_path / "requirements.txt").touch()
-    gone = tmp_path / "gone"
-    command = ["bash", "-ec", SETUP, "setup", str(Path.cwd()), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VIRTUAL_ENV": str(gone)})
-    said = f"setup: VIRTUAL_ENV={gone} has no bin/python: unset it, and this script makes its own\n"
-    assert (done.returncode, done.stderr) == (1, said)
-    assert not gone.exists()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from loop.shards import Shards, ragged, spread
+from loop.shards import Shards
 
 plans = st.builds(
     dict,
@@ -87,37 +86,6 @@ def test_equal_to_accelerates_batch_sampler_shard(examples: int, cell: int, worl
         theirs = BatchSamplerShard(sampler, world_size, rank, split_batches=True, even_batches=tail == "pad")
         ours = ([p % examples for p in part] for _, part in shards.of_rank(rank))
         assert [batch for batch in ours if batch] == list(theirs)
-
-
-def test_the_books_last_batch_over_eight_ranks() -> None:
-    shards = {tail: Shards(60_000, 256, 8, 1, tail) for tail in ("spread", "ragged", "pad", "drop")}
-    assert len(shards["spread"].steps) == 235
-    assert len(shards["drop"].steps) == 234
-    assert shards["spread"].steps[-1].sizes == (12,) * 8
-    assert shards["ragged"].steps[-1].sizes == (32, 32, 32, 0, 0, 0, 0, 0)
-    assert shards["pad"].census == (60_000, 160, 0)
-    assert shards["drop"].census == (59_904, 0, 96)
-
-
-def test_dealing() -> None:
-    assert spread(7, 3) == (3, 2, 2)
-    assert spread(2, 4) == (1, 1, 0, 0)
-    assert ragged(7, 3, 3) == (3, 3, 1)
-    assert ragged(3, 3, 3) == (3, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("plan", "remedy"),
-    [
-        ({"batch_size": 10, "world_size": 3, "tail": "pad"}, "--tail pad needs .* choose a multiple of 3"),
-        ({"batch_size": 200, "tail": "drop"}, "--tail drop leaves an epoch without a step"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"batch_size": 4, "world_size": 0}, "world_size must be at least 1"),
-    ],
-)
-def test_impossible_plans_name_the_remedy(plan: dict[str, int], remedy: str) -> None:
-    with pytest.raises(ValueError, match=remedy):
-        Shards(examples=100, **plan)
 
 
 @given(plans, st.sampled_from(["spread", "ragged", "drop"]))

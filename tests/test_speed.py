@@ -136,22 +136,6 @@ def test_what_needs_more_gpus_than_there_are_is_left_out_and_named(
     assert written["startup"] == {"[1]": [1.0]}
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--rounds 0", "--rounds must be at least 1"),
-        ("--pairs 4", "--pairs must be at least 5"),
-        ("--world-sizes 3", "--world-sizes must divide the batch of 256"),
-        ("--examples 60001", "--examples 60001: there are 60000"),
-        ("--json no/such/folder.json", "--json no/such/folder.json: not a file"),
-        ("--device cuda --world-sizes 64 --parts loops", "--device cuda with 64 rank(s): "),
-    ],
-)
-def test_bad_flags_get_one_line(capsys: pytest.CaptureFixture[str], flags: str, said: str) -> None:
-    assert bench.main(flags.split()) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_cost_is_a_ratio_with_its_interval() -> None:
     assert bench.interval([[1.1, 2.2, 3.3], [1.0, 2.0, 3.0]]) == pytest.approx((1.1, 1.1, 1.1))
     ratio, low, high = bench.interval([[1.0, 2.0] * 16, [1.0, 1.0] * 16])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 
 from loop.config import InputError, parse
 from scripts.sweep import grid, is_finished, plan
-from tests.launches import kill, launch, rows_of, start
+from tests.launches import kill, launch, rows_of, start, wait_for_rows
 
 SWEEP = [sys.executable, "-m", "scripts.sweep", "--group", "g"]
 FLAGS = ["--epochs", "1", "--train-examples", "300", "--dtype", "float64", "--tail", "ragged"]
@@ -115,9 +114,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_are_trained(tmp_path: Pa
 def test_an_interrupted_sweep_goes_on_and_puts_the_torn_run_aside(tmp_path: Path) -> None:
     flags = ["--reduction", "mean", "sum", "--net", "lenet", "--train-examples", "3000", "--epochs", "2"]
     process = start([*SWEEP, *flags], tmp_path)
-    while not list(tmp_path.glob("g-sum*/metrics.jsonl")):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for_rows(process, tmp_path, 0, run="g-sum*")
     kill(process)
     assert not list(tmp_path.glob("g-sum*/summary.json"))
     done = launch([*SWEEP, *flags], tmp_path)

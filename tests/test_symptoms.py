@@ -106,14 +106,3 @@ def test_uneven_inputs_hang_and_empty_batches_cure_it(world: Callable[[int], Wor
 def test_without_a_name_the_symptoms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SYMPTOMS)
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [(["hang"], "there is no hang: choose from grown-batch"), (["uneven-hang"], "needs ranks: torchrun")],
-)
-def test_bad_calls_get_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(args) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"scripts.symptoms: error: {says}")
-    assert error.count("\n") == 1

@@ -14,7 +14,7 @@ import pytest
 from loop.config import Config
 from loop.run.run import Run, Stopped
 from loop.run.stopping import StopSignal
-from tests.launches import PYTHON, kill, start
+from tests.launches import PYTHON, kill, start, wait_for_rows
 
 TINY = "--cpu --train-examples 300 --epochs 1 --wandb disabled --run-name run"
 
@@ -61,11 +61,8 @@ def test_a_script_whose_reader_has_gone_ends_quietly() -> None:
 def test_train_sh_ends_with_the_message_and_the_signals_exit_code(tmp_path: Path, signum: signal.Signals) -> None:
     flags = ["--train-examples", "2000", "--epochs", "100000", "--log-every", "5", "--run-name", "run"]
     process = start(["bash", "scripts/train.sh"], tmp_path, *flags)
-    rows = tmp_path / "run" / "metrics.jsonl"
     try:
-        while not (rows.exists() and rows.stat().st_size):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.1)
+        wait_for_rows(process, tmp_path, 1)
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             if signum == signal.SIGINT or each is process:  # a terminal interrupts all
                 each.send_signal(signum)

@@ -73,16 +73,6 @@ def test_a_run_says_what_the_all_reduce_did(runs: dict[str, tuple[Path, str]]) -
     assert "effective learning rate 0.1 (--lr 0.1)" in sentence
 
 
-@pytest.mark.slow  # 11 s
-def test_the_plain_mode_names_its_error(tmp_path: Path) -> None:
-    done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, *SLICE, "--tail", "ragged", "--normalize", "rank")
-    assert done.returncode == 0, done.stderr
-    sentence = done.stdout.splitlines()[-1]
-    assert (
-        "1.244/n in the smallest cell (43) and 0.8359/n in the largest (64)" in sentence
-    )  # 107/(2 x 43), 107/(2 x 64)
-
-
 def test_a_second_run_of_the_same_mode_gets_a_name_of_its_own(tmp_path: Path) -> None:
     flags = ["--cpu", "--wandb", "disabled", "--train-examples", "300", "--epochs", "1", "--accumulate", "2"]
     for _ in range(2):
@@ -95,26 +85,6 @@ def test_an_out_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     done = launch(LAUNCHES["python"], tmp_path / "scratch")
     assert done.returncode == 2
     assert "cannot make the run's folder" in done.stderr
-
-
-@pytest.mark.slow  # 10 s
-def test_bf16_accumulation_and_clipping_run_together(tmp_path: Path) -> None:
-    flags = [
-        "--train-examples",
-        "600",
-        "--epochs",
-        "1",
-        "--mixed-precision",
-        "bf16",
-        "--accumulate",
-        "2",
-        "--clip-norm",
-        "1",
-        "--net",
-        "lenet",
-    ]
-    done = launch(LAUNCHES["train.sh, 2 ranks"], tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow  # 7 s
@@ -135,7 +105,7 @@ def test_a_virtual_environment_that_is_not_there_is_named(tmp_path: Path, made: 
     assert done.stderr == (
         f"scripts/train.sh: VIRTUAL_ENV={environment} has no bin/python: unset it, and this script makes its own\n"
     )
-    assert done.returncode == 1
+    assert (done.returncode, environment.exists()) == (1, made)
 
 
 def test_bad_flags_stop_train_sh_before_any_rank_starts(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 import time
 
@@ -11,8 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from loop.run.watchdog import Watchdog
-from tests.forks import Forked
-from tests.launches import PYTHON, environment
+from tests.launches import PYTHON, ranks_of
 
 TIMEOUT_S = 2
 RANK = f"""
@@ -40,17 +38,6 @@ with Watchdog(rank, world_size, {TIMEOUT_S}, lost) as watchdog:
 LEFT_ALONE: list[str] = []
 
 
-def ranks_of(case: str, world_size: int, store: TCPStore) -> list[subprocess.Popen[str]]:
-    environ = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    ranks = [
-        Forked([PYTHON, "-c", RANK, case], env=environment(**environ, RANK=str(rank)))
-        for rank in range(world_size)
-    ]  # fmt: skip
-    for rank in ranks:
-        assert rank.stdout and rank.stdout.readline() == "at work\n"
-    return ranks
-
-
 @pytest.mark.parametrize(
     ("case", "world_size", "named"),
     [
@@ -66,10 +53,10 @@ def ranks_of(case: str, world_size: int, store: TCPStore) -> list[subprocess.Pop
 def test_one_rank_names_who_is_lost_and_ranks_that_are_slow_together_are_left_alone(
     case: str, world_size: int, named: list[str]
 ) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = ranks_of(case, world_size, store)
-    stopped = {"stops": ranks[1:]}.get(case, ranks if "job" in case else [])
-    try:
+    with ranks_of([[PYTHON, "-c", RANK, case]] * world_size) as ranks:
+        for rank in ranks:
+            assert rank.stdout and rank.stdout.readline() == "at work\n"
+        stopped = {"stops": ranks[1:]}.get(case, ranks if "job" in case else [])
         time.sleep(TIMEOUT_S + 2.5 if "look" in case else 0)
         for rank in stopped:
             rank.send_signal(signal.SIGSTOP)
@@ -81,10 +68,6 @@ def test_one_rank_names_who_is_lost_and_ranks_that_are_slow_together_are_left_al
         said = [rank.communicate(timeout=TIMEOUT_S + 15)[0] for rank in watching]
         assert [line for text in said for line in text.splitlines()] == named
         assert {rank.returncode for rank in watching} == ({1} if named else {0})
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
 
 
 def test_a_look_that_the_end_of_training_overtakes_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,9 @@
-"""Reads a run's .wandb file back: the LevelDB log format over wandb's Record messages.
-
-python -m tests.wandb_reader RUN_DIR     print what it holds
-"""
+"""Reads a run's .wandb file back: the LevelDB log format over wandb's Record messages."""
 
 from __future__ import annotations
 
 import json
-import pprint
 import struct
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,31 +41,16 @@ def records(path: Path) -> Iterator[Any]:
 def read_run(run_dir: Path | str) -> dict[str, Any]:
     """Return what a run's folder (or its .wandb file) holds.
 
-    config, summary: as logged. history: a dict a row. metrics: each define_metric's step and summary rule.
-    run: id, name, project, group, job_type, tags, notes, git, sweep, host. exit_code: None where the run never ended.
-    artifacts: (name, type, aliases). alerts: (title, text, level). stats: system metrics. output: console text.
-    kinds: how many records of each kind.
+    config, summary: as logged. history: a dict a row. metrics: each define_metric's step. artifacts: (name, type,
+    aliases). alerts: (title, text). run: name, group, job_type, tags, notes. exit_code: None where it never ended.
     """
     path = Path(run_dir)
     if path.is_dir():
         (path,) = path.glob("*.wandb")
-    found: dict[str, Any] = {
-        "config": {},
-        "history": [],
-        "summary": {},
-        "metrics": {},
-        "run": {},
-        "exit_code": None,
-        "artifacts": [],
-        "alerts": [],
-        "stats": [],
-        "output": "",
-        "kinds": {},
-    }
+    found: dict[str, Any] = {name: {} for name in ("config", "summary", "metrics", "run")}
+    found |= {"history": [], "artifacts": [], "alerts": [], "exit_code": None}
     for record in records(path):
-        kind = record.WhichOneof("record_type")
-        found["kinds"][kind] = found["kinds"].get(kind, 0) + 1
-        _take(found, kind, getattr(record, kind))
+        _take(found, kind := record.WhichOneof("record_type"), getattr(record, kind))
     return found
 
 
@@ -78,17 +58,9 @@ def _take(found: dict[str, Any], kind: str, record: Any) -> None:
     if kind == "run":
         _update(found["config"], record.config.update)
         found["run"] = {
-            "id": record.run_id,
-            "name": record.display_name,
-            "project": record.project,
-            "group": record.run_group,
-            "job_type": record.job_type,
-            "tags": list(record.tags),
-            "notes": record.notes,
-            "git": record.git.commit,
-            "sweep": record.sweep_id,
-            "host": record.host,
-        }
+            "name": record.display_name, "group": record.run_group, "job_type": record.job_type,
+            "tags": list(record.tags), "notes": record.notes,
+        }  # fmt: skip
     elif kind == "config":
         _update(found["config"], record.update)
     elif kind == "history":
@@ -98,18 +70,13 @@ def _take(found: dict[str, Any], kind: str, record: Any) -> None:
         for item in record.remove:
             found["summary"].pop(item.key, None)
     elif kind == "metric":
-        rule = {"step": record.step_metric, "summary": str(record.summary).replace("\n", " ")}
-        found["metrics"][record.name or record.glob_name] = rule
+        found["metrics"][record.name or record.glob_name] = record.step_metric
     elif kind == "artifact":
         found["artifacts"].append((record.name, record.type, list(record.aliases)))
     elif kind == "alert":
-        found["alerts"].append((record.title, record.text, record.level))
-    elif kind == "stats":
-        found["stats"].append(_update({}, record.item))
+        found["alerts"].append((record.title, record.text))
     elif kind == "exit":
         found["exit_code"] = record.exit_code
-    elif kind in ("output", "output_raw"):
-        found["output"] += record.line
 
 
 def _update(values: dict[str, Any], items: Any) -> dict[str, Any]:
@@ -120,7 +87,3 @@ def _update(values: dict[str, Any], items: Any) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = json.loads(item.value_json)
     return values
-
-
-if __name__ == "__main__":
-    pprint.pprint(read_run(sys.argv[1]), width=160, compact=True)

@@ -38,7 +38,7 @@ def encoded(name: str) -> str:
 class WandbStub(ThreadingHTTPServer):
     """`with WandbStub() as stub:` answers at `stub.url` and keeps what it was sent.
 
-    runs, by id: config, history, summary, logs, events, alerts, exit_code, complete, upserts, and what W&B calls
+    runs, by id: config, history, summary, logs, events, exit_code, complete, upserts, and what W&B calls
         groupName, jobType, displayName, tags, notes, commit, state.
     reports, by id: displayName, description, spec (JSON), project.
     artifacts, by id: what CreateArtifact was given, and a state. uploads, by path: bytes.
@@ -77,21 +77,8 @@ class WandbStub(ThreadingHTTPServer):
 
     def run(self, name: str) -> dict[str, Any]:
         """Return what is known of a run, making it where it is new."""
-        return self.runs.setdefault(
-            name,
-            {
-                "config": {},
-                "history": [],
-                "summary": {},
-                "logs": [],
-                "events": [],
-                "files": {},
-                "exit_code": None,
-                "complete": False,
-                "alerts": [],
-                "upserts": [],
-            },
-        )
+        empty: dict[str, Any] = {key: [] for key in ("history", "logs", "events", "upserts")}
+        return self.runs.setdefault(name, empty | {"config": {}, "summary": {}, "exit_code": None, "complete": False})
 
     def answer(self, operation: str, variables: Variables, query: str) -> dict[str, Any]:
         """Answer a GraphQL operation by the method op_<its name>."""
@@ -144,20 +131,13 @@ class WandbStub(ThreadingHTTPServer):
     def op_RunResumeStatus(self, v: Variables) -> dict[str, Any]:
         run = self.runs.get(v["name"])
         bucket = run and {
-            "id": run["id"],
-            "name": v["name"],
-            "displayName": v["name"],
-            "config": json.dumps(run["config"]),
-            "summaryMetrics": json.dumps(run["summary"]),
-            "logLineCount": len(run["logs"]),
-            "historyLineCount": len(run["history"]),
-            "eventsLineCount": len(run["events"]),
+            "id": run["id"], "name": v["name"], "displayName": v["name"],
+            "config": json.dumps(run["config"]), "summaryMetrics": json.dumps(run["summary"]),
+            "logLineCount": len(run["logs"]), "historyLineCount": len(run["history"]),
+            "eventsLineCount": len(run["events"]), "eventsTail": "[]",
             "historyTail": json.dumps([json.dumps(row) for row in run["history"][-1:]]),
-            "eventsTail": "[]",
-            "tags": run.get("tags") or [],
-            "notes": run.get("notes"),
-            "wandbConfig": json.dumps({"t": 1}),
-        }
+            "tags": run.get("tags") or [], "notes": run.get("notes"), "wandbConfig": json.dumps({"t": 1}),
+        }  # fmt: skip
         entity = {"id": "e1", "name": self.entity}
         return {"model": {"id": "p1", "name": v.get("project"), "internalId": "1", "entity": entity, "bucket": bucket}}
 
@@ -171,15 +151,11 @@ class WandbStub(ThreadingHTTPServer):
         if v.get("config"):
             run["config"].update(json.loads(v["config"]))
         bucket = {
-            "id": run["id"],
-            "name": v["name"],
-            "displayName": run.get("displayName") or v["name"],
-            "description": None,
-            "config": json.dumps(run["config"]),
-            "sweepName": None,
+            "id": run["id"], "name": v["name"], "displayName": run.get("displayName") or v["name"],
+            "description": None, "config": json.dumps(run["config"]), "sweepName": None,
             "historyLineCount": len(run["history"]),
             "project": {"id": "p1", "name": run["project"], "entity": {"id": "e1", "name": self.entity}},
-        }
+        }  # fmt: skip
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
     def op_CreateRunFiles(self, v: Variables) -> dict[str, Any]:
@@ -191,10 +167,6 @@ class WandbStub(ThreadingHTTPServer):
 
     def op_RunStoppedStatus(self, v: Variables) -> dict[str, Any]:
         return {"project": {"run": {"stopped": False}}}
-
-    def op_NotifyScriptableRunAlert(self, v: Variables) -> dict[str, Any]:
-        self.run(v["runName"])["alerts"].append((v["title"], v["text"]))
-        return {"notifyScriptableRunAlert": {"success": True}}
 
     # Artifacts
 
@@ -212,15 +184,8 @@ class WandbStub(ThreadingHTTPServer):
         edges = []
         for file in (v.get("input") or v).get("artifactFiles", []):
             path = f"{file['artifactID']}/{file['name']}"
-            node = {
-                "id": path,
-                "name": file["name"],
-                "displayName": file["name"],
-                "storagePath": path,
-                "uploadMultipartUrls": None,
-                "artifact": {"id": file["artifactID"]},
-                **self._upload(path),
-            }
+            node = {"id": path, "name": file["name"], "displayName": file["name"], "storagePath": path}
+            node |= {"uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]}, **self._upload(path)}
             edges.append({"node": node})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
