@@ -102,9 +102,9 @@ def test_the_cells_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_billion_examples_are_explained_in_a_moment_and_the_samplers_batches_are_named() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     text = explain(10**9, 256, 6, 1, 0.1)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert "3906250 steps; the last has 256" in text  # 10^9 = 3,906,250 x 256
     assert re.search(r"^DistributedSampler .*\(in batches of 42 a rank\)$", text, re.MULTILINE)  # 256 = 6 x 42 + 4
     assert "a rank)" not in explain(60_000, 256, 8, 1, 0.1)
