@@ -94,7 +94,7 @@ def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
         name = "-".join([group, config.default_run_name(world_size), *more])
         check_run_name(name)
         line = [*words, "--group", group, "--run-name", name]
-        runs.append(Planned(world_size, parse(line), line))
+        runs.append(Planned(world_size, replace(config, group=group, run_name=name), line))
     return runs
 
 
