@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loop.config import FASHION_MNIST, Config
-from loop.idx import IMAGE_SIZE, Size, classes_of, read_fashion_mnist, read_set
+from loop.idx import IMAGE_SIZE, SetSize, classes_of, read_fashion_mnist, read_set
 from loop.progress import Progress
 from loop.shards import Cell, Shards
 
@@ -26,7 +26,7 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
     dtype: torch.dtype = torch.float32
-    size: Size = Size(0)
+    size: SetSize = SetSize(0)
     remarks: tuple[str, ...] = ()
 
 
@@ -46,7 +46,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> tuple[Split, Spl
         for half in halves
     )
     n = config.training_size(halves[0].examples)
-    size, remarks = Size(n, classes_of(halves)), tuple(_remarks(train, test))
+    size, remarks = SetSize(n, classes_of(halves)), tuple(_remarks(train, test))
     if not fashion:
         remarks = (f"its files: {', '.join(halves[0].files + halves[1].files)}", *remarks)
     return (

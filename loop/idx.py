@@ -32,7 +32,7 @@ class Half(NamedTuple):
     files: tuple[str, str]
 
 
-class Size(NamedTuple):
+class SetSize(NamedTuple):
     """What a run's plan and nets take from the set. examples: those trained on. classes: outputs of the nets."""
 
     examples: int

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import train
 from loop.config import Config, InputError, parse
 from loop.effect import effect
-from loop.idx import Size
+from loop.idx import SetSize
 from loop.run import wandb_tracker
 from loop.run.resume import is_finished
 
@@ -203,7 +203,7 @@ def test_no_value_of_any_flag_ends_in_a_traceback(chosen: dict[str, str], world_
         config = parse([word for pair in chosen.items() for word in pair], quiet=True)
         config.validate()
         config.shards(config.training_size(60_000), world_size)
-        is_finished(config, Size(60_000), world_size, quiet=True)
+        is_finished(config, SetSize(60_000), world_size, quiet=True)
     except (SystemExit, InputError) as refusal:
         assert str(refusal)
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loop.book import Accumulator, train_epoch_ch3
 from loop.config import Config, InputError
 from loop.data import Split, TrainBatches
-from loop.idx import Size
+from loop.idx import SetSize
 from loop.nets import make_net
 from loop.progress import Progress
 from loop.reduction import global_count
@@ -119,7 +119,7 @@ def test_collectives_are_called_in_files_that_are_copied() -> None:
 
 def test_adams_step_count_stays_on_the_cpu_when_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Run(Config(optimizer="adam", cpu=True, wandb="disabled", out=tmp_path)) as run:
-        run.open(Size(256))
+        run.open(SetSize(256))
         net = run.prepare(make_net("softmax"))
         updater = make_updater(run.accelerator, net, run.config, run.progress)
         checkpoints = Checkpoints(run, updater, run.progress)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from loop.config import FASHION_MNIST, Config, InputError
 from loop.files import write_whole
-from loop.idx import UNREADABLE, Size, classes_of, raw_folder, read_plain_or_gz, read_set
+from loop.idx import UNREADABLE, SetSize, classes_of, raw_folder, read_plain_or_gz, read_set
 from loop.run.folder import acquire
 
 SHA256 = {  # of the uncompressed files
@@ -46,16 +46,16 @@ class UnavailableError(Exception):
     """Why one source of the data cannot be used."""
 
 
-def ensure_dataset(config: Config, *, quiet: bool = False) -> Size:
+def ensure_dataset(config: Config, *, quiet: bool = False) -> SetSize:
     """Make sure that the files of --dataset are there and sound; return what they hold to train on.
 
     quiet: do not tell that it waits for another process, such as the machine's first rank.
     """
     if config.dataset != FASHION_MNIST:
         halves = read_set(Path(config.dataset))
-        return Size(config.training_size(halves[0].examples), classes_of(halves))
+        return SetSize(config.training_size(halves[0].examples), classes_of(halves))
     fetch_fashion_mnist(config.data_dir, quiet=quiet)
-    return Size(config.training_size(TRAINING_EXAMPLES))
+    return SetSize(config.training_size(TRAINING_EXAMPLES))
 
 
 def fetch_fashion_mnist(data_dir: Path, *, quiet: bool = False) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loop.config import FASHION_MNIST, Config, InputError, parse
-from loop.idx import Size
+from loop.idx import SetSize
 from loop.run.folder import RunFolder, config_of, plain
 
 CHECKPOINTS, STATE = "epoch-*-step-*", "state.json"
@@ -46,7 +46,7 @@ def with_kept_flags(config: Config, args: list[str], world_size: int) -> Config:
     return replace(told, tf32=told.tf32 or written.get("tf32", False))  # it decides the weights, and cannot change
 
 
-def mathematics(config: Config, size: Size, world_size: int) -> dict[str, Any]:
+def mathematics(config: Config, size: SetSize, world_size: int) -> dict[str, Any]:
     """Return what decides a run's weights. Under `rank` the ranks and the micro-batches are part of it."""
     decisive = {
         field.name: getattr(config, field.name) for field in fields(config) if field.name not in MAY_CHANGE_ON_RESUME
@@ -59,7 +59,7 @@ def mathematics(config: Config, size: Size, world_size: int) -> dict[str, Any]:
     return {key: plain(value) for key, value in decisive.items()}
 
 
-def is_finished(config: Config, size: Size, world_size: int, *, quiet: bool) -> bool:
+def is_finished(config: Config, size: SetSize, world_size: int, *, quiet: bool) -> bool:
     """Whether `--resume auto` has nothing left to train.
 
     quiet: name no checkpoint that is left out. Raises InputError as `prepare_resume` will.
@@ -72,7 +72,7 @@ def is_finished(config: Config, size: Size, world_size: int, *, quiet: bool) -> 
     return config.resume == "auto" and summary.is_file() and json.loads(summary.read_text())["epoch"] >= config.epochs
 
 
-def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) -> tuple[Path | None, Path | None]:
+def prepare_resume(config: Config, run: RunFolder, size: SetSize, world_size: int) -> tuple[Path | None, Path | None]:
     """Return the checkpoint that a run goes on from, None to start anew; metrics.jsonl is cut, or copied, to its rows.
 
     And that of another run from which this one began (`--resume PATH`), now or earlier, or None.
@@ -91,7 +91,7 @@ def prepare_resume(config: Config, run: RunFolder, size: Size, world_size: int) 
     return checkpoint, origin
 
 
-def _choose(config: Config, run: Path, size: Size, world_size: int, *, quiet: bool = False) -> Path | None:
+def _choose(config: Config, run: Path, size: SetSize, world_size: int, *, quiet: bool = False) -> Path | None:
     if config.resume != "auto":
         checkpoint: Path | None = checkpoint_at(Path(config.resume), quiet=quiet)
     else:
@@ -145,7 +145,7 @@ def find_flaw(checkpoint: Path, run_id: str | None = None) -> str | None:
     return None
 
 
-def refuse_unfit(checkpoint: Path, config: Config, size: Size, world_size: int) -> None:
+def refuse_unfit(checkpoint: Path, config: Config, size: SetSize, world_size: int) -> None:
     """Raise InputError where the checkpoint was trained by other rules, saying which, or for longer."""
     state = state_of(checkpoint)
     before = {"virtual_ranks": 0, **state["mathematics"]}  # 0: in an earlier version's

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loop.audit import Reading
-    from loop.idx import Size
+    from loop.idx import SetSize
 
 NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
 SIGTERMS = 2.0**20  # of one rank: more than all ranks' SIGINTs together
@@ -107,7 +107,7 @@ class Run:
         self.watchdog = Watchdog(self.rank, self.world_size, self.config.ddp_timeout, self._end_as_lost)
         self.progress = make_progress(self.config, self.rank, self.world_size)
 
-    def open(self, size: Size, remarks: Sequence[str] = ()) -> None:
+    def open(self, size: SetSize, remarks: Sequence[str] = ()) -> None:
         """Plan the epochs; make or open the run's folder, start its trackers, print what will be done.
 
         size: of the set that is trained on. remarks: what else to print about it.
