@@ -37,7 +37,7 @@ def main() -> None:
         config = parse(quiet=not reporting)
         config = with_kept_flags(config, sys.argv[1:], launched_world_size())
         config.validate()
-        size = ensure_dataset(config, quiet=not reporting)
+        size = ensure_dataset(config, fetching=reporting)
         shards = config.shards(size.examples, launched_world_size())
         if is_finished(config, size, shards.world_size, quiet=not reporting):
             if reporting:

@@ -45,7 +45,7 @@ def launched_precision() -> MixedPrecision:
 
 @dataclass(frozen=True)
 class Config:
-    """The training loop of Dive into Deep Learning, chapter 3, data-parallel: on any number of ranks one process's."""
+    """The training loop of Dive into Deep Learning, chapter 3: any number of ranks takes the steps of one process."""
 
     reduction: Reduction = "mean"
     """Back-propagate the mean or the sum of the losses of a step."""

@@ -53,7 +53,7 @@ def sgd_divisor(reduction: Reduction, normalize: Normalize, *, n_last: int, n_gl
 
     After a sum, `global` divides by n on every rank, which gives the exact mean; `rank` by the rank's own last
     micro-batch, n_last: where those differ the replicas drift apart. After a mean loss nothing is left to divide by,
-    but under `rank` a rank whose last micro-batch is empty makes no update, as a plain loop would not come to it.
+    but under `rank` a rank whose last micro-batch is empty makes no update, as a plain loop would skip it.
     """
     if normalize == "global":
         return n_global if reduction == "sum" else 1

@@ -87,7 +87,7 @@ def plan(flags: list[str], world_sizes: list[int], group: str) -> list[Planned]:
         words = [word for flag, values in choice.items() for word in (flag, *values)]
         config = replace(parse(words), run_name=None)
         config.validate()
-        config.shards(ensure_dataset(config).examples, world_size)
+        config.shards(ensure_dataset(config, fetching=True).examples, world_size)
         more = [flag.lstrip("-") + "".join(choice[flag]) for flag in varied if flag not in IN_DEFAULT_NAME]
         if config.virtual_ranks:
             more.append(f"w{world_size}")  # which the default name leaves out

@@ -7,6 +7,6 @@ source scripts/setup.sh
 setup "$PWD" requirements.txt tests/requirements.txt
 
 "$PYTHON" train.py --check
-# One test more at once than there are cores, up to eight: most of them wait for processes that they start.
+# One more test at once than there are cores, eight at most: most of them wait for processes that they start.
 cores=$(count_cores)
 exec "$PYTHON" -m pytest --numprocesses $((cores < 8 ? cores + 1 : 8)) --dist loadfile --no-loadscope-reorder -m "not slow" "$@"

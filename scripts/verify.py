@@ -390,7 +390,7 @@ def main(flags: Flags) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     import torch
 
-    ensure_dataset(Config())
+    ensure_dataset(Config(), fetching=True)
     gpus, stopped = torch.cuda.device_count(), ""
     machine = {
         "CPU": hardware(),

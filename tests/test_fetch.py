@@ -187,7 +187,8 @@ def test_of_jobs_at_once_one_fetches_and_the_others_wait(tmp_path: Path, monkeyp
     monkeypatch.setattr(fetch, "_torchvision_download", _slow_source(tmp_path / "log"))
     context = multiprocessing.get_context("fork")  # the children inherit the stand-ins
     data = tmp_path / "data"
-    jobs = [context.Process(target=fetch.fetch_fashion_mnist, args=(data,)) for _ in range(3)]
+    jobs = [context.Process(target=fetch.fetch_fashion_mnist, args=(data,)) for _ in range(2)]
+    jobs.append(context.Process(target=fetch.wait_for_fashion_mnist, args=(data,)))
     for job in jobs:
         job.start()
     for job in jobs:
@@ -195,6 +196,11 @@ def test_of_jobs_at_once_one_fetches_and_the_others_wait(tmp_path: Path, monkeyp
     assert [job.exitcode for job in jobs] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "fetched\n"
     assert_good(fetch.raw_folder(data))
+
+
+def test_who_waits_in_vain_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no process has fetched"):
+        fetch.wait_for_fashion_mnist(tmp_path, idle_s=0.3)
 
 
 def test_looking_for_the_data_loads_no_torch() -> None:

@@ -23,6 +23,8 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
+from filelock import Timeout
+
 from loop.config import FASHION_MNIST, Config, InputError
 from loop.files import write_whole
 from loop.idx import UNREADABLE, SetSize, classes_of, raw_folder, read_plain_or_gz, read_set
@@ -46,34 +48,51 @@ class UnavailableError(Exception):
     """Why one source of the data cannot be used."""
 
 
-def ensure_dataset(config: Config, *, quiet: bool = False) -> SetSize:
+def ensure_dataset(config: Config, *, fetching: bool) -> SetSize:
     """Make sure that the files of --dataset are there and sound; return what they hold to train on.
 
-    quiet: do not tell that it waits for another process, such as the machine's first rank.
+    fetching: whether this is the one process of its machine that fetches; the others wait for it.
     """
     if config.dataset != FASHION_MNIST:
         halves = read_set(Path(config.dataset))
         return SetSize(config.training_size(halves[0].examples), classes_of(halves))
-    fetch_fashion_mnist(config.data_dir, quiet=quiet)
+    if fetching:
+        fetch_fashion_mnist(config.data_dir)
+    else:
+        wait_for_fashion_mnist(config.data_dir)
     return SetSize(config.training_size(TRAINING_EXAMPLES))
 
 
-def fetch_fashion_mnist(data_dir: Path, *, quiet: bool = False) -> None:
+def fetch_fashion_mnist(data_dir: Path) -> None:
     """Make sure that `data_dir` holds the four verified files; fetch what is missing or corrupted.
 
-    Safe to call from several processes at once: one works, the others wait. Raises InputError when every source fails.
+    Safe to call from several jobs at once: one works, the others wait. Raises InputError when every source fails.
     """
     raw = raw_folder(data_dir)
     try:
         if _remembered(raw) or not (os.access(raw, os.W_OK) or _problems(raw)):  # a good copy that is read-only
             return
         raw.mkdir(parents=True, exist_ok=True)
-        holder = "" if quiet else f"another process that fetches Fashion-MNIST into {data_dir}"
-        with acquire(raw.parent / ".lock", holder):
+        with acquire(_lock_path(data_dir), f"another process that fetches Fashion-MNIST into {data_dir}"):
             if not _remembered(raw):
                 _fetch(raw, _problems(raw))
     except OSError as error:
         raise InputError(f"--data-dir {data_dir}: cannot keep Fashion-MNIST there: {error}") from None
+
+
+def wait_for_fashion_mnist(data_dir: Path, idle_s: float = 60) -> None:
+    """Wait while another process of this machine fetches; raises InputError if, for `idle_s` seconds, none does."""
+    raw, idle_since = raw_folder(data_dir), time.monotonic()
+    while not _remembered(raw) and _problems(raw):
+        try:
+            acquire(_lock_path(data_dir), "", timeout=0).release()
+        except Timeout:
+            idle_since = time.monotonic()
+        except OSError:
+            pass
+        if time.monotonic() - idle_since > idle_s:
+            raise InputError(f"--data-dir {data_dir}: no process has fetched Fashion-MNIST within {idle_s:.0f} s")
+        time.sleep(0.2)
 
 
 def _fetch(raw: Path, problems: dict[str, str]) -> None:
@@ -239,6 +258,10 @@ def _remembered(raw: Path) -> bool:
         return bool(json.loads((raw / "verified.json").read_bytes()) == _stamp(raw))
     except (OSError, ValueError):
         return False
+
+
+def _lock_path(data_dir: Path) -> Path:
+    return data_dir / "FashionMNIST" / ".lock"
 
 
 def _say(line: str) -> None:

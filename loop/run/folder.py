@@ -35,16 +35,16 @@ class RunFolder:
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path, self.new = path, new
-        rows = path / "metrics.jsonl"
-        others = {each.name for each in path.iterdir() if not each.name.startswith(".")}
-        if rows.exists() and not rows.stat().st_size:  # of a run that was killed before it began
-            others.remove(rows.name)
+        others = [each for each in path.iterdir() if each.name != "metrics.jsonl" and not each.name.startswith(".")]
         if others and not config_of(path):
             raise InputError(f"--resume: {path} has files, but no config.json: it is no run's folder")
-        self.metrics = rows.open("ab", buffering=0)  # else close() would try a failed write again
+        self.metrics = (path / "metrics.jsonl").open("ab", buffering=0)  # else close() would try a failed write again
         self._lock()
         remove_scratch(path)  # of a process that was killed, as the folder is locked
-        self.run_id: str = config_of(path).get("wandb_id") or secrets.token_hex(4)
+        config = config_of(path)  # none in the folder of a run that was killed before it began, which has no row
+        if not config and self.metrics.tell():
+            raise InputError(f"--resume: {path} has a metrics.jsonl, but no config.json: it is no run's folder")
+        self.run_id: str = config.get("wandb_id") or secrets.token_hex(4)
 
     def _lock(self) -> None:
         try:
@@ -128,19 +128,18 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def acquire(path: Path, holder: str, timeout: float = -1) -> FileLock:
     """Return the file's lock, held by this process; after a second of waiting, print on stderr for whom it waits.
 
-    holder: who that is; "": do not print. timeout: seconds, after which it raises Timeout; -1: none.
-    Raises OSError where files cannot be locked.
+    timeout: seconds, after which it raises Timeout; -1: none; 0: it does not wait. Raises OSError where files cannot be
+    locked.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=min(1, timeout) if timeout >= 0 else 1)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise OSError(f"its file system cannot lock files (flock: {error.strerror})") from None
-        if not isinstance(error, Timeout):
+        if timeout == 0 or not isinstance(error, Timeout):
             raise
-        if holder:
-            print(f"train.py: waiting for {holder}", file=sys.stderr, flush=True)
+        print(f"train.py: waiting for {holder}", file=sys.stderr, flush=True)
         lock.acquire(timeout=timeout)
     return lock
 

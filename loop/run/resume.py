@@ -81,7 +81,8 @@ def prepare_resume(config: Config, run: RunFolder, size: SetSize, world_size: in
     if config.resume == "never":
         return None, None
     checkpoint = _choose(config, run.path, size, world_size)
-    origin = config_of(run.path).get("begun_from")
+    before = config_of(run.path).get("begun_from")
+    origin = Path(before) if before else None
     rows = state_of(checkpoint)["progress"]["rows"] if checkpoint else 0
     if checkpoint and checkpoint.resolve().parent.parent != run.path.resolve():
         origin = checkpoint.resolve()

@@ -312,7 +312,7 @@ class Run:
         self._end_alone(1, cause and f"error: {cause}")  # None where another rank reports it
 
     def _end_alone(self, exit_code: int, line: str | None) -> None:
-        """End the process from a thread, as its main thread waits for other ranks. line: what to print, if anything."""
+        """End the process from a thread: its main thread may wait for other ranks. line: what to print, or None."""
         self.exit_code = exit_code
         try:
             if line:

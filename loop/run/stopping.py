@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -71,4 +72,11 @@ class StopSignal:
             return
         self.signum = noted[0]
         if not self.handled.wait(GRACE_S if self.last_resort else 0):
-            (self.last_resort or os._exit)(128 + self.signum)
+            (self.last_resort or _end)(128 + self.signum)
+
+
+def _end(exit_code: int) -> None:
+    try:
+        sys.stdout.flush()  # of a run before this one, in a sweep
+    finally:
+        os._exit(exit_code)

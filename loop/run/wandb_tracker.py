@@ -146,9 +146,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]  # untyped
         if self.config.wandb == "online":
             self.files.discard()
             raise InputError(f"--wandb online is not available: {reason}")
-        self._safely(self.wandb.teardown)
-        self.mode = Mode("offline" if self.mode.name == "online" else "disabled", reason)
-        return self._start(values) if self.mode.name == "offline" else None
+        self.mode = Mode("offline", reason)
+        try:
+            self.wandb.teardown()
+            return self._init(values)
+        except Exception as error:
+            self.mode = Mode("disabled", in_one_line(error))
+            return None
 
     def _define_metrics(self) -> None:
         self.tracker.define_metric("examples")

@@ -230,7 +230,7 @@ def join(args: Flags, net: Any) -> Any:
     keep_freed_memory()  # for all loops alike
     accelerator = Accelerator(cpu=args.device == "cpu")
     config = Config(net=net, train_examples=args.examples)
-    ensure_dataset(config, quiet=not accelerator.is_local_main_process)
+    ensure_dataset(config, fetching=accelerator.is_local_main_process)
     return Setting(accelerator, config)
 
 
@@ -328,7 +328,7 @@ def cost(args: Flags) -> Figures:
     from loop.run.fetch import ensure_dataset
     from loop.run.launch import launched_local_rank
 
-    ensure_dataset(Config(), quiet=launched_local_rank() > 0)
+    ensure_dataset(Config(), fetching=launched_local_rank() == 0)
     assert args.cost
     with_it, without, *_ = COSTS[args.cost]
     pairs = args.pairs or 32

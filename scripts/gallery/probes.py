@@ -84,7 +84,7 @@ def widest_gap(a: Sequence[float], b: Sequence[float]) -> float:
 @cache
 def data() -> tuple[Split, Split]:
     """Return Fashion-MNIST's two halves, fetched if need be: a figure without runs has none to have fetched them."""
-    ensure_dataset(Config())
+    ensure_dataset(Config(), fetching=True)
     return load(Config())
 
 

@@ -146,7 +146,7 @@ class Flags:
 
     def chosen(self) -> list[str]:
         """Return the peers to measure. Raises InputError for values out of range."""
-        available = ensure_dataset(Config(data_dir=self.data_dir)).examples
+        available = ensure_dataset(Config(data_dir=self.data_dir), fetching=True).examples
         peers = [peer for peer in PEERS if any(word.lower() in peer.lower() for word in self.only)]
         for wrong, message in (
             (min(self.examples) < 1, f"--examples {min(self.examples)}: must be at least 1"),
