@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
@@ -57,6 +59,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("module", "flags"), [(module, flags) for module, rows in REFUSED.items() for flags in rows])
 def test_bad_flags_get_one_line(module: str, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert import_module(module).main(flags.split()) == 2
+    with mock.patch.dict(os.environ):  # some set variables for what they would start
+        assert import_module(module).main(flags.split()) == 2
     name = module.removesuffix(".__main__")
     assert capsys.readouterr().err == f"{name}: error: {REFUSED[module][flags]}\n"
