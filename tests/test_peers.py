@@ -149,9 +149,9 @@ def test_a_hang_is_reported_within_the_time_out_and_leaves_no_process(
 ) -> None:
     pids = tmp_path / "pids"
     monkeypatch.setitem(peers.PEERS, "sleeper", Peer(partial(sleep_with_a_child, pids)))
-    result = measure("sleeper", 2, 10, 3, DATA)
-    assert str(result) == "hangs (> 3 s)"
-    assert pids.read_text(), "on a busy machine not of both ranks"
+    result = measure("sleeper", 2, 10, 5, DATA)
+    assert str(result) == "hangs (> 5 s)"
+    assert len(pids.read_text().split()) == 4
     for pid in pids.read_text().split():
         stat = Path(f"/proc/{pid}/stat")
         assert not stat.exists() or stat.read_text().split()[2] == "Z"

@@ -50,7 +50,8 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
     found: dict[str, Any] = {name: {} for name in ("config", "summary", "metrics", "run")}
     found |= {"history": [], "artifacts": [], "alerts": [], "exit_code": None}
     for record in records(path):
-        _take(found, kind := record.WhichOneof("record_type"), getattr(record, kind))
+        kind = record.WhichOneof("record_type")
+        _take(found, kind, getattr(record, kind))
     return found
 
 

@@ -60,9 +60,8 @@ def last_batch(config: Config, shards: Shards) -> str:
         weighed += " in every cell"
     text = f"An epoch's last step took {n} example(s) {dealt}: {weighed}"
     if steps_by_lr(config):
-        text += (
-            f", effective learning rate {effect(config, sizes, ranks).lr_effective:.4g} (--lr {config.learning_rate:g})"
-        )
+        lr = effect(config, sizes, ranks).lr_effective
+        text += f", effective learning rate {lr:.4g} (--lr {config.learning_rate:g})"
     if len(set(divisors)) > 1:
         text += f"; so on rank 0, but the ranks divided by {sizes_in_words(divisors)}, and drifted apart"
     if census.duplicated:
